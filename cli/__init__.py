@@ -1,0 +1,1 @@
+"""The `p2pdyn` command."""

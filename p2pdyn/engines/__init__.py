@@ -1,0 +1,1 @@
+"""Inference engines behind one small protocol (:mod:`p2pdyn.engines.base`)."""

@@ -1,0 +1,124 @@
+"""What an engine is to the runtime.
+
+An engine runs sequences of token ids and answers token ids, step by step.  It owns no thread of the peer and no socket:
+whoever drives it (the engine host child, or the peer itself for `sim`) calls :meth:`Engine.step` when
+:meth:`Engine.next_step` says so.  Each step's outcome is one :class:`Step`, which becomes one frame on the way to the
+frontends.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from p2pdyn.core.types import Load, SamplingParams
+
+Progress = Callable[[float, str], None]
+"""``progress(fraction in 0..1, what is being done)``, called while loading."""
+
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One sequence to run. ``key`` is the driver's; tokens[:prompt_len] is the prompt, the rest is output that an
+    earlier attempt already produced: generation goes on behind it as if it had been produced here."""
+
+    key: int
+    tokens: array[int]
+    prompt_len: int
+    params: SamplingParams
+
+
+@dataclass(slots=True)
+class Output:
+    """What one step produced for one sequence. ``finish``: "" (goes on), stop, length, abort or error (``detail``
+    says why). ``cached`` counts prompt tokens served from the prefix cache, told with the first output.
+    ``logprobs``: one ``(chosen logprob, ((token id, logprob), ...))`` a token, where asked for."""
+
+    key: int
+    tokens: tuple[int, ...]
+    finish: str = ""
+    cached: int = 0
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksStored:
+    """Full KV blocks now in cache: consecutive, ``hashes[i]`` is the engine's own id of the i-th, ``tokens`` are the
+    block_size * len(hashes) ids in them, ``parent`` is the id of the block before, None at the start of a sequence."""
+
+    hashes: tuple[int, ...]
+    parent: int | None
+    tokens: tuple[int, ...]
+    salt: str = ""
+    lora: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksRemoved:
+    hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksCleared:
+    pass
+
+
+KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
+
+
+@dataclass(slots=True)
+class Step:
+    """Everything one engine step produced."""
+
+    outputs: list[Output] = field(default_factory=list)
+    kv: list[KvEvent] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is once loaded. ``features`` names what it honours beyond plain sampling (logprobs,
+    prompt_logprobs, penalties, guided, min_p, seed, ...); the frontend answers 400 for the rest. ``card`` is the packed
+    model card (:mod:`p2pdyn.text.card`)."""
+
+    engine: str
+    version: str
+    model: str
+    card: bytes
+    block_size: int
+    kv_blocks: int
+    max_num_seqs: int
+    context: int
+    features: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """Constructed with its parsed arguments; not thread-safe; nothing here blocks except load and step."""
+
+    def load(self, progress: Progress) -> EngineInfo:
+        """Load the model. Raises EngineError with a sentence and its mend."""
+
+    def submit(self, sequence: Sequence, now: float) -> None:
+        """Queue a sequence. One that can never run (longer than the context) ends with finish "error"."""
+
+    def abort(self, key: int, now: float) -> None:
+        """Stop a sequence at once; it produces nothing more. Unknown keys are ignored."""
+
+    def next_step(self, now: float) -> float | None:
+        """When :meth:`step` is due (``<= now``: at once), or None while idle."""
+
+    def step(self, now: float) -> Step:
+        """Run, or complete, one batch step: at most one token a sequence."""
+
+    def load_report(self) -> Load:
+        """The load now; cheap, called several times a second."""
+
+    def close(self) -> None:
+        """Free everything. Idempotent."""
+
+
+class EngineError(RuntimeError):
+    """An engine that cannot load or go on; the message is one sentence with the mend."""

@@ -1,0 +1,48 @@
+"""What the HTTP endpoint needs from the mesh; :class:`p2pdyn.net.dispatch.Dispatcher` is it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from p2pdyn.core.request import Job, Sink
+from p2pdyn.text.card import ModelCard
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A model known to this peer: ``ready`` counts the workers that take requests, ``since`` is wall-clock seconds."""
+
+    name: str
+    ready: int
+    block_size: int
+    context: int
+    since: int
+
+
+class Backend(Protocol):
+    """All on the event loop."""
+
+    def models(self) -> list[ModelStatus]:
+        """Every known model; a model stays known for ten minutes after its last worker left."""
+
+    async def card(self, model: str) -> ModelCard:
+        """The model's card, cached by hash, else fetched from a worker.
+
+        Raises Rejected: 404 model_not_found for a model never seen, 503 no_ready_worker for one without a ready worker.
+        """
+
+    def submit(self, job: Job, sink: Sink) -> int:
+        """Route and start a job; the number returned cancels it. Raises Rejected (429, 503, 404)."""
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a job: the worker hears of it at once, the sink hears nothing more. Unknown tickets are ignored."""
+
+    def peers(self) -> dict[str, Any]:
+        """The body of ``GET /p2p/peers``."""
+
+    def readiness(self) -> tuple[bool, str]:
+        """Whether this peer can serve, and a sentence that says why not."""
+
+    def metrics(self) -> list[tuple[str, str, str, list[tuple[dict[str, str], float]]]]:
+        """(name, type, help, [(labels, value)]) of the mesh's own counters and gauges, for /metrics."""

@@ -1,0 +1,1 @@
+"""Thin shells: sockets, timers, discovery. No decisions; those live in :mod:`p2pdyn.core`."""

@@ -1,0 +1,1 @@
+"""Text at the edge: model cards, chat templates, tokenising and incremental detokenising."""

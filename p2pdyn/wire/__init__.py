@@ -1,0 +1,1 @@
+"""Messages on the links between peers, and the strict codec for them."""

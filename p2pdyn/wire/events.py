@@ -1,0 +1,34 @@
+"""The event link: a worker's XPUB; frontends that route its model subscribe.
+
+PUB/SUB has no acknowledgement, so every message carries (epoch, seq) and nothing here serves as failure detector.
+Topics are one byte, so that a subscriber may take load alone: ``L`` load, ``K`` KV events, ``D`` digests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from p2pdyn.wire.schema import EVENTS, U32, U64, Bound, IdStr, message
+
+TOPIC_LOAD = b"L"
+TOPIC_KV = b"K"
+TOPIC_DIGEST = b"D"
+
+
+@message(EVENTS, 1)
+@dataclass(frozen=True, slots=True)
+class LoadEvent:
+    """A worker's load, each :data:`p2pdyn.constants.LOAD_EVENT_S` and at once when it changes from idle or to idle."""
+
+    worker: IdStr
+    epoch: U64
+    seq: U64
+    active_requests: U32
+    active_blocks: U32
+    queued: U32
+    kv_used: U32
+    kv_total: U32
+    prefill_tokens_queued: U64
+    prefill_tps: Annotated[float, Bound(0, 1e12)]
+    itl_ms: Annotated[float, Bound(0, 1e9)]

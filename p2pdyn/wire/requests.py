@@ -1,0 +1,150 @@
+"""The request link: a worker's ROUTER, one DEALER a frontend and worker.
+
+What ZeroMQ does not promise is put into the messages (docs/design/wire.md): a generate names the worker epoch it is
+meant for, a token frame the attempt and the offset of its first token.  ``rid`` is the frontend's own number for the
+request; the worker keys requests by (connection, rid, attempt).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from p2pdyn.core.types import SamplingParams
+from p2pdyn.wire.schema import I64, REQUESTS, U8, U32, U64, Cap, IdStr, Name, Sentence, message
+
+MAX_PROMPT_BYTES = 16 * 2**20  # 4 Mi token ids
+CHUNK = 256 * 1024
+"""Bulk transfers (cards, snapshots) go in chunks of this many bytes, one outstanding, so that tokens pass between them."""
+MAX_STEP_TOKENS = 65536
+MAX_OPEN = 65536
+
+
+@message(REQUESTS, 1)
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First on a new connection, and each second while it is open: who asks. A worker that has heard no Hello from a
+    connection for :data:`p2pdyn.constants.ORPHAN_S` cancels its requests."""
+
+    frontend: IdStr
+    epoch: U64
+
+
+@message(REQUESTS, 2)
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Answer to each Hello: the worker's identity and its load, so that a link proves itself before it is used."""
+
+    worker: IdStr
+    epoch: U64
+    active_requests: U32
+    queued: U32
+    kv_used: U32
+    kv_total: U32
+
+
+@message(REQUESTS, 3)
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Run one sequence. ``tokens`` are little-endian u32 ids: the prompt, then what earlier attempts already produced.
+
+    ``prompt_len`` says where the prompt ends (seeds and min_tokens count from there); ``epoch`` is the worker's, and a
+    worker of another epoch refuses.
+    """
+
+    rid: U64
+    attempt: U8
+    epoch: U64
+    model: Name
+    prompt_len: U32
+    tokens: Annotated[bytes, Cap(MAX_PROMPT_BYTES)]
+    params: Annotated[bytes, Cap(256 * 1024)]
+
+
+@message(REQUESTS, 4)
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop these (rid, attempt); no answer. Unknown ones are ignored."""
+
+    requests: Annotated[tuple[tuple[U64, U8], ...], Cap(MAX_OPEN)]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Tokens of one request from one engine step. ``offset`` counts generated tokens, those of earlier attempts
+    included; a hole means frames were lost.  ``finish`` is "" (goes on), stop, length, abort or error.
+    ``logprobs`` is msgpack of ``[[chosen, [[id, logprob], ...]], ...]``, one entry a token, or empty.
+    ``cached`` is the number of prompt tokens found in the prefix cache, told with the first delta.
+    """
+
+    rid: U64
+    attempt: U8
+    offset: U32
+    tokens: Annotated[tuple[U32, ...], Cap(MAX_STEP_TOKENS)]
+    finish: Annotated[str, Cap(8)] = ""
+    cached: U32 = 0
+    logprobs: Annotated[bytes, Cap(4 * 2**20)] = b""
+
+
+@message(REQUESTS, 5)
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """All deltas of one engine step for one frontend."""
+
+    epoch: U64
+    deltas: Annotated[tuple[Delta, ...], Cap(MAX_OPEN)]
+
+
+@message(REQUESTS, 6)
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A generate that will not run. ``code``: epoch, model, draining, overload, invalid, engine."""
+
+    rid: U64
+    attempt: U8
+    code: Annotated[str, Cap(16)]
+    reason: Sentence
+
+
+@message(REQUESTS, 7)
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent each :data:`p2pdyn.constants.STREAM_HEARTBEAT_S` to a frontend with open streams, by the peer process and so
+    independent of the engine. ``open`` lists the rids that the worker still knows; ``step`` counts engine steps, so that
+    an engine that stands still shows."""
+
+    epoch: U64
+    step: U64
+    open: Annotated[tuple[U64, ...], Cap(MAX_OPEN)]
+
+
+@message(REQUESTS, 8)
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Ask for bytes [offset, offset + CHUNK) of an object: ``what`` is card (key: its hash) or, later, snapshot."""
+
+    ticket: U32
+    what: Annotated[str, Cap(16)]
+    key: Annotated[str, Cap(64)]
+    offset: U64
+
+
+@message(REQUESTS, 9)
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Answer to a Fetch; ``total`` is the object's size, or -1 if the worker does not have it."""
+
+    ticket: U32
+    offset: U64
+    total: I64
+    data: Annotated[bytes, Cap(CHUNK)]
+
+
+def describe_params(params: SamplingParams) -> dict[str, object]:
+    """The fields that differ from their defaults: what travels in ``Generate.params``."""
+    plain = SamplingParams()
+    return {
+        name: value
+        for name in SamplingParams.__slots__
+        if (value := getattr(params, name)) != getattr(plain, name)
+    }
