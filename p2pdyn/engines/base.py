@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from p2pdyn.core.types import Load, SamplingParams
@@ -18,6 +19,17 @@ from p2pdyn.core.types import Load, SamplingParams
 Progress = Callable[[float, str], None]
 """``progress(fraction in 0..1, what is being done)``, called while loading."""
 
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is made from. ``model`` is a folder, a file or a name, as ``--model`` says; ``args`` are the
+    command line's arguments after ``--``; ``data_dir`` is the peer's own folder."""
+
+    model: str | None = None
+    served_name: str | None = None
+    args: tuple[str, ...] = ()
+    offline: bool = False
+    data_dir: Path = Path()
 
 
 @dataclass(slots=True)
