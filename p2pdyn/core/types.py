@@ -62,7 +62,8 @@ class Version:
     """(boot epoch, incarnation): which of two statements about one node is newer. The higher one wins.
 
     ``epoch`` grows with each boot: max(persisted + 1, wall clock in ms), so neither a clock step nor a lost disk breaks
-    the order.  ``incarnation`` grows within a boot, each time the node refutes a suspicion or changes what it says of itself.
+    the order.  ``incarnation`` grows within a boot, each time the node refutes a suspicion or changes what it says of
+    itself.
     """
 
     epoch: int
@@ -91,8 +92,8 @@ ROLES = (AGGREGATED, PREFILL, DECODE)
 class ServedModel:
     """One model that a worker serves, as gossiped.
 
-    ``card`` is the model card's content hash (32 hex digits) by which a frontend fetches it; ``fingerprint`` is what two
-    workers must share to be routed together (block size, card, hash parameters).
+    ``card`` is the model card's content hash (32 hex digits) by which a frontend fetches it; ``fingerprint`` is what
+    two workers must share to be routed together (block size, card, hash parameters).
     """
 
     name: str
@@ -141,8 +142,8 @@ class Load:
 class SamplingParams:
     """How to generate, after HTTP validation: engines may trust ranges. Defaults mean "not asked for".
 
-    ``logprobs`` is None (off) or the number of alternatives a token (0: only the chosen token's).  ``seed`` None draws a
-    fresh one in the frontend, so that a migrated request continues the same stream.  ``guided`` is
+    ``logprobs`` is None (off) or the number of alternatives a token (0: only the chosen token's).  ``seed`` None: the
+    frontend draws one, so that a migrated request continues the same stream.  ``guided`` is
     ``{"json"|"regex"|"grammar"|"choice": ...}``.
     """
 

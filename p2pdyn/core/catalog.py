@@ -1,0 +1,68 @@
+"""Which models the mesh serves, and which workers may be routed together.
+
+Built from what peers gossip of themselves.  The first ready worker of a model sets its fingerprint; a worker whose
+fingerprint differs stays a member, is shown as `incompatible` with both values and is not routed.  A model stays known
+for a while after its last worker left, so that clients see 503 and not 404.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from p2pdyn.core.types import FRONTEND, READY, NodeId, PeerInfo, ServedModel
+
+
+@dataclass(slots=True)
+class Model:
+    """One model name. ``workers`` are the ready, compatible ones by node id; ``last_seen`` is on the caller's clock."""
+
+    name: str
+    fingerprint: str
+    served: ServedModel
+    since: float
+    last_seen: float
+    workers: dict[NodeId, ServedModel] = field(default_factory=dict)
+
+
+class Catalog:
+    """All known models of this peer's view."""
+
+    def __init__(self, known_for: float) -> None:
+        self._known_for = known_for
+        self.models: dict[str, Model] = {}
+        self.incompatible: dict[NodeId, str] = {}
+        """Node id -> the sentence that says what differs."""
+
+    def refresh(self, alive: Iterable[tuple[NodeId, PeerInfo]], now: float) -> None:
+        """Rebuild from the alive peers. ``now`` in seconds."""
+        ready: dict[NodeId, PeerInfo] = {
+            node: info for node, info in alive if info.state == READY and info.role != FRONTEND and info.requests_port
+        }
+        for model in self.models.values():
+            model.workers = {node: served for node, served in model.workers.items() if node in ready}
+        self.incompatible.clear()
+        for node, info in ready.items():
+            for served in info.models:
+                self._place(node, served, now)
+        for name in [n for n, m in self.models.items() if not m.workers and now - m.last_seen > self._known_for]:
+            del self.models[name]
+
+    def _place(self, node: NodeId, served: ServedModel, now: float) -> None:
+        model = self.models.get(served.name)
+        if model is None:
+            model = self.models[served.name] = Model(served.name, served.fingerprint, served, now, now)
+        elif model.fingerprint != served.fingerprint:
+            others = [n for n, s in model.workers.items() if n != node and s.fingerprint == model.fingerprint]
+            if others:
+                model.workers.pop(node, None)
+                self.incompatible[node] = (
+                    f"model {served.name!r} is served with fingerprint {model.fingerprint} "
+                    f"by {others[0]}, but with {served.fingerprint} here"
+                )
+                return
+            # Its last worker is gone: whoever is ready now sets the fingerprint anew.
+            model.fingerprint = served.fingerprint
+        model.served = served
+        model.workers[node] = served
+        model.last_seen = now

@@ -1,0 +1,251 @@
+"""The worker's end of the request and event links: frames in, engine steps out.
+
+Decisions are in :mod:`p2pdyn.core.served`; this shell owns the ROUTER, the XPUB and one timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import msgpack
+
+from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
+from p2pdyn.core.served import Running, Served
+from p2pdyn.core.types import Address, Load, NodeId
+from p2pdyn.engines import base
+from p2pdyn.engines.runner import Runner
+from p2pdyn.net.sockets import Sockets
+from p2pdyn.wire.codec import WireError, decode, decode_params, encode, encode_tokens
+from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
+from p2pdyn.wire.requests import CHUNK, Cancel, Chunk, Fetch, Generate, Heartbeat, Hello, Refused, Welcome
+from p2pdyn.wire.schema import REQUESTS
+
+log = logging.getLogger(__name__)
+
+TICK_S = min(STREAM_HEARTBEAT_S, LOAD_EVENT_S)
+CLOCK_JUMP_S = 2.0
+"""A tick this late means that this process stood still (SIGSTOP, a suspended host), not that its frontends did."""
+
+
+class WorkerService:
+    """Binds at once, so that its ports can be announced; serves from :meth:`serve` on."""
+
+    def __init__(
+        self, sockets: Sockets, node: NodeId, epoch: int, requests: Sequence[Address], events: Sequence[Address]
+    ):
+        self._loop = asyncio.get_running_loop()
+        self._node = node
+        self._epoch = epoch
+        self._served: Served | None = None
+        self._runner: Runner | None = None
+        self._card: tuple[str, bytes] = ("", b"")
+        self._admitted: list[base.Sequence] = []
+        self._aborted: list[int] = []
+        self._event_seq = 0
+        self._was_busy = False
+        self._ticked = self._loop.time()
+        self._router = sockets.router(requests, self._receive, max_size=REQUEST_MAX, batch_done=self._batch_done)
+        self._events = sockets.xpub(events, max_size=EVENT_MAX)
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+        self.malformed = 0
+        self.generated_tokens = 0
+        self.requests_total = 0
+
+    @property
+    def requests_port(self) -> int:
+        return self._router.addresses[0].port
+
+    @property
+    def events_port(self) -> int:
+        return self._events.addresses[0].port
+
+    def serve(self, runner: Runner, info: base.EngineInfo, models: Sequence[str], card_digest: str) -> None:
+        """The engine has loaded: take requests."""
+        max_open = max(1024, 4 * info.max_num_seqs)
+        self._served = Served(self._epoch, models, info.context, max_open)
+        self._runner = runner
+        self._card = (card_digest, info.card)
+
+    @property
+    def load(self) -> Load:
+        return self._runner.load if self._runner is not None else Load()
+
+    @property
+    def open(self) -> int:
+        return len(self._served.running) if self._served is not None else 0
+
+    def drain(self) -> None:
+        """Refuse new requests; those that run go on."""
+        if self._served is not None:
+            self._served.draining = True
+
+    def engine_died(self, reason: str) -> None:
+        """Tell every frontend, so that its requests go elsewhere at once."""
+        if self._served is None:
+            return
+        log.error("the engine died: %s", reason)
+        for running in self._served.all_failed():
+            self._send(running.connection, encode(Refused(running.rid, running.attempt, "engine", reason[:500])))
+        self._served = None
+
+    def close(self) -> None:
+        self._timer.cancel()
+        self._router.close()
+        self._events.close()
+
+    # Frames in.
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            connection, data = frames
+            message = decode(REQUESTS, data)
+        except (ValueError, WireError) as error:
+            self.malformed += 1
+            log.debug("a malformed request message was dropped: %s", error)
+            return
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            self.malformed += 1
+        else:
+            handler(self, connection, message)
+
+    def _on_hello(self, connection: bytes, message: Hello) -> None:
+        load = self.load
+        if self._served is not None:
+            self._served.hello(connection, message.frontend, self._loop.time())
+        welcome = Welcome(self._node, self._epoch, load.active_requests, load.queued, load.kv_used, load.kv_total)
+        self._send(connection, encode(welcome))
+
+    def _on_generate(self, connection: bytes, message: Generate) -> None:
+        if self._served is None:
+            not_ready = Refused(message.rid, message.attempt, "model", "the worker's engine is not ready")
+            self._send(connection, encode(not_ready))
+            return
+        try:
+            params = decode_params(message.params)
+        except WireError as error:
+            self._send(connection, encode(Refused(message.rid, message.attempt, "invalid", str(error)[:500])))
+            return
+        sequence, refused, aborts = self._served.admit(connection, message, params, self._loop.time())
+        if aborts:
+            self._abort(aborts)
+        if refused is not None:
+            self._send(connection, encode(refused))
+        elif sequence is not None:
+            self.requests_total += 1
+            self._admitted.append(sequence)
+
+    def _on_cancel(self, connection: bytes, message: Cancel) -> None:
+        if self._served is not None:
+            self._abort(self._served.cancel(connection, message.requests))
+
+    def _on_fetch(self, connection: bytes, message: Fetch) -> None:
+        digest, card = self._card
+        if message.what == "card" and message.key == digest and digest:
+            data = card[message.offset : message.offset + CHUNK]
+            answer = Chunk(message.ticket, message.offset, len(card), data)
+        else:
+            answer = Chunk(message.ticket, message.offset, -1, b"")
+        self._send(connection, encode(answer))
+
+    _handlers: dict[type, Callable[..., None]] = {  # noqa: RUF012
+        Hello: _on_hello,
+        Generate: _on_generate,
+        Cancel: _on_cancel,
+        Fetch: _on_fetch,
+    }
+
+    def _abort(self, keys: list[int]) -> None:
+        """A cancel right behind its generate must win: what has not reached the engine never does."""
+        if not keys:
+            return
+        if self._admitted:
+            waiting = {sequence.key for sequence in self._admitted}.intersection(keys)
+            if waiting:
+                self._admitted = [s for s in self._admitted if s.key not in waiting]
+                keys = [key for key in keys if key not in waiting]
+        self._aborted += keys
+
+    def _batch_done(self) -> None:
+        """The socket is drained: only now admit, so that a batch's cancels have been seen."""
+        runner = self._runner
+        if runner is None:
+            return
+        if self._aborted:
+            runner.abort(self._aborted)
+            self._aborted = []
+        if self._admitted:
+            runner.submit(self._admitted)
+            self._admitted = []
+            if not self._was_busy:
+                self._publish_load()
+
+    # Steps out.
+
+    def on_step(self, step: base.Step) -> None:
+        """One engine step: one message a frontend."""
+        served = self._served
+        if served is None or not step.outputs:
+            return
+        for connection, rows in served.outputs(step.outputs).items():
+            self._send(connection, encode_tokens(self._epoch, [_delta(row) for row in rows]))
+            self.generated_tokens += sum(len(output.tokens) for _, _, output in rows)
+        if self._was_busy and not served.running:
+            self._publish_load()
+
+    def _send(self, connection: bytes, data: bytes) -> None:
+        if not self._router.send((connection, data)) and self._served is not None:
+            # Unknown to the ROUTER, or so far behind that its queue is full: the frontend sees a hole, or is gone.
+            self._abort(self._served.gone(connection))
+            self._loop.call_soon(self._batch_done)
+
+    # Time.
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        self._timer = self._loop.call_later(TICK_S, self._tick)
+        late, self._ticked = now - self._ticked > CLOCK_JUMP_S, now
+        if self._served is None:
+            return
+        self._heartbeat(self._served)
+        self._publish_load()
+        if not late:
+            orphans = self._served.orphans(now - ORPHAN_S)
+            if orphans:
+                log.info("cancelled %d requests of frontends that went silent", len(orphans))
+                self._abort(orphans)
+                self._batch_done()
+
+    def _heartbeat(self, served: Served) -> None:
+        steps = self._runner.steps if self._runner is not None else 0
+        for connection, known in list(served.connections.items()):
+            if known.open:
+                self._send(connection, encode(Heartbeat(self._epoch, steps, tuple(known.open))))
+
+    def _publish_load(self) -> None:
+        load = self.load
+        self._was_busy = self.open > 0
+        self._event_seq += 1
+        event = LoadEvent(
+            self._node,
+            self._epoch,
+            self._event_seq,
+            max(load.active_requests, self.open - load.queued),
+            load.active_blocks,
+            load.queued,
+            load.kv_used,
+            load.kv_total,
+            load.prefill_tokens_queued,
+            load.prefill_tps,
+            load.itl_ms,
+        )
+        self._events.send((TOPIC_LOAD, encode(event)))
+
+
+def _delta(row: tuple[Running, int, base.Output]) -> tuple[int, int, int, tuple[int, ...], str, int, bytes]:
+    """A :class:`~p2pdyn.wire.requests.Delta`, as the plain tuple that the codec packs."""
+    running, offset, output = row
+    logprobs = msgpack.packb(output.logprobs) if output.logprobs else b""
+    return running.rid, running.attempt, offset, output.tokens, output.finish, output.cached, logprobs

@@ -1,0 +1,185 @@
+"""The frontend's end of one worker's links: one DEALER for requests, one SUB for load.
+
+A link is *up* from the worker's Welcome, which proves identity and epoch, to the first sign of trouble; it is never
+reused after that, because a DEALER would deliver what it has queued for the dead worker to its successor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from p2pdyn.constants import EVENT_MAX, HELLO_S, REQUEST_MAX, STREAM_SILENCE_S
+from p2pdyn.core.types import Address, Load, NodeId
+from p2pdyn.net.sockets import Link, Sockets
+from p2pdyn.wire.codec import WireError, decode, encode
+from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
+from p2pdyn.wire.requests import Chunk, Fetch, Heartbeat, Hello, Refused, Tokens, Welcome
+from p2pdyn.wire.schema import EVENTS, REQUESTS
+
+log = logging.getLogger(__name__)
+
+IDLE_SILENCE_S = 3.5
+"""Without open streams a worker only answers Hellos: three missed ones."""
+
+FETCH_S = 5.0
+"""For one chunk of a bulk transfer."""
+
+
+class WorkerLink:
+    """Opens on construction. Callbacks are called on the event loop; ``on_down`` exactly once, unless closed before."""
+
+    def __init__(
+        self,
+        sockets: Sockets,
+        hello: Hello,
+        worker: NodeId,
+        epoch: int,
+        requests: Address,
+        events: Address,
+        *,
+        on_up: Callable[[WorkerLink], None],
+        on_down: Callable[[WorkerLink, str], None],
+        on_message: Callable[[WorkerLink, object], None],
+        on_load: Callable[[NodeId, Load], None],
+        batch_done: Callable[[], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.worker = worker
+        self.epoch = epoch
+        self.up = False
+        self.heard = self.opened = self._loop.time()
+        self._greeted = 0.0
+        self._hello = encode(hello)
+        self._closed = False
+        self._on_up, self._on_down, self._on_message, self._on_load = on_up, on_down, on_message, on_load
+        self._fetches: dict[int, asyncio.Future[Chunk]] = {}
+        self._ticket = 0
+        self._load_seq = 0
+        self.malformed = 0
+        self._events: Link = sockets.sub(events, self._receive_event, (TOPIC_LOAD,), max_size=EVENT_MAX)
+        self._requests: Link = sockets.dealer(
+            requests,
+            self._receive,
+            max_size=REQUEST_MAX,
+            batch_done=batch_done,
+            on_up=self._greet,
+            on_down=self._down,
+        )
+
+    def send(self, data: bytes) -> bool:
+        return not self._closed and self._requests.send((data,))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.up = False
+        self._requests.close()
+        self._events.close()
+        for future in self._fetches.values():
+            future.cancel()
+
+    def tick(self, now: float, busy: bool) -> None:
+        """Each 0.25 s: greet, and notice silence. ``busy``: requests of ours are open there."""
+        if now - self._greeted >= HELLO_S:
+            self._greet()
+        limit = STREAM_SILENCE_S if busy and self.up else IDLE_SILENCE_S
+        if now - self.heard > limit:
+            self._down(f"nothing heard for {limit:g} s")
+
+    async def fetch(self, what: str, key: str) -> bytes:
+        """A bulk object in chunks, one outstanding. Raises LookupError if the worker lacks it, TimeoutError, or
+        ConnectionError if the link goes down."""
+        parts: list[bytes] = []
+        offset, total = 0, 1
+        while offset < total:
+            chunk = await self._fetch_chunk(what, key, offset)
+            total = chunk.total
+            if total < 0 or chunk.offset != offset or (not chunk.data and offset < total):
+                raise LookupError(f"worker {self.worker} does not have {what} {key}")
+            parts.append(chunk.data)
+            offset += len(chunk.data)
+        return b"".join(parts)
+
+    async def _fetch_chunk(self, what: str, key: str, offset: int) -> Chunk:
+        self._ticket += 1
+        ticket = self._ticket
+        future: asyncio.Future[Chunk] = self._loop.create_future()
+        self._fetches[ticket] = future
+        try:
+            if not self.send(encode(Fetch(ticket, what, key, offset))):
+                raise ConnectionError(f"worker {self.worker} cannot be reached")
+            return await asyncio.wait_for(future, FETCH_S)
+        except asyncio.CancelledError:
+            if self._closed:
+                raise ConnectionError(f"the link to worker {self.worker} went down") from None
+            raise
+        finally:
+            del self._fetches[ticket]
+
+    def _greet(self) -> None:
+        self._greeted = self._loop.time()
+        self.send(self._hello)
+
+    def _down(self, reason: str) -> None:
+        if self._closed:
+            return
+        self.close()
+        self._on_down(self, reason)
+
+    def _receive(self, frames: list[bytes]) -> None:
+        if self._closed:
+            return
+        try:
+            (data,) = frames
+            message = decode(REQUESTS, data)
+        except (ValueError, WireError) as error:
+            self.malformed += 1
+            log.debug("a malformed message from worker %s was dropped: %s", self.worker, error)
+            return
+        self.heard = self._loop.time()
+        kind = type(message)
+        if kind is Tokens or kind is Heartbeat or kind is Refused:
+            self._on_message(self, message)
+        elif kind is Welcome:
+            self._welcome(message)  # type: ignore[arg-type]
+        elif kind is Chunk:
+            future = self._fetches.get(message.ticket)  # type: ignore[attr-defined]
+            if future is not None and not future.done():
+                future.set_result(message)  # type: ignore[arg-type]
+        else:
+            self.malformed += 1
+
+    def _welcome(self, message: Welcome) -> None:
+        if message.worker != self.worker or message.epoch != self.epoch:
+            self._down(f"worker {message.worker} of epoch {message.epoch} answers at its address")
+            return
+        if not self.up:
+            self.up = True
+            self._on_up(self)
+
+    def _receive_event(self, frames: list[bytes]) -> None:
+        try:
+            _, data = frames
+            event = decode(EVENTS, data)
+        except (ValueError, WireError):
+            self.malformed += 1
+            return
+        if isinstance(event, LoadEvent) and event.epoch == self.epoch and event.seq > self._load_seq:
+            self._load_seq = event.seq
+            self._on_load(self.worker, _load(event))
+
+
+def _load(event: LoadEvent) -> Load:
+    return Load(
+        event.active_requests,
+        event.active_blocks,
+        event.queued,
+        event.kv_used,
+        event.kv_total,
+        event.prefill_tokens_queued,
+        event.prefill_tps,
+        event.itl_ms,
+    )
