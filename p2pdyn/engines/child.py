@@ -1,0 +1,264 @@
+"""The peer's side of the engine host: start it, talk to it, notice its death, end it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from p2pdyn.core.types import Load
+from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, Progress, Sequence, Step
+from p2pdyn.engines.frames import (
+    FAILED,
+    LOAD,
+    PROGRESS,
+    READY,
+    STEP,
+    FrameBuffer,
+    FrameError,
+    frame,
+    pack_options,
+    pack_sequence,
+    unpack_info,
+    unpack_load,
+    unpack_step,
+)
+
+log = logging.getLogger(__name__)
+
+ASK_S = 3.0
+"""After the end of its input an idle child exits in milliseconds; one amid a long step may need this long."""
+TERM_S = 1.0
+KILL_S = 5.0
+"""After SIGKILL only a process stuck in the kernel remains; then it is left and logged."""
+LAST_WORDS_S = 0.5
+"""How long frames of a dead child are waited for, should a grandchild hold its socket open."""
+
+
+class ChildRunner:
+    """Drives an engine in a child process and process group of its own. See :class:`p2pdyn.engines.runner.Runner`."""
+
+    def __init__(
+        self,
+        name: str,
+        options: EngineOptions,
+        on_step: Callable[[Step], None],
+        on_death: Callable[[str], None],
+    ) -> None:
+        self.on_step = on_step
+        self.on_death = on_death
+        self.load = Load()
+        self.steps = 0
+        self.last_step_s = 0.0
+        self._name = name
+        self._options = options
+        self._open: set[int] = set()
+        self._work: list[Any] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
+        self._link: asyncio.Transport | None = None
+        self._frames = FrameBuffer()
+        self._reason = ""
+        self._over = False  # the death is told, or wanted
+
+    @property
+    def pid(self) -> int | None:
+        """Of the child, and of its process group; None before start."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._open)
+
+    async def start(self, progress: Progress) -> EngineInfo:
+        self._loop = asyncio.get_running_loop()
+        self._progress = progress
+        self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._exited = asyncio.Event()
+        self._lost = asyncio.Event()
+        try:
+            await self._spawn()
+            return await self._ready
+        except BaseException:
+            await self.close(ask=0.0)
+            raise
+
+    async def _spawn(self) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._process = _popen(theirs)
+            self._pidfd = os.pidfd_open(self._process.pid)
+            self._loop.add_reader(self._pidfd, self._on_exit)
+            ours.setblocking(False)
+            self._link, _ = await self._loop.create_unix_connection(lambda: _Link(self), sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        self._link.write(frame(pack_options(self._name, self._options, os.getpid())))
+
+    # ---- work
+
+    def submit(self, sequences: list[Sequence]) -> None:
+        if not self._open:
+            self.last_step_s = self._loop.time()
+        for sequence in sequences:
+            self._open.add(sequence.key)
+            self._queue(pack_sequence(sequence))
+
+    def abort(self, keys: list[int]) -> None:
+        for key in keys:
+            if key in self._open:
+                self._open.discard(key)
+                self._queue(key)
+
+    def _queue(self, item: object) -> None:
+        if not self._work:
+            self._loop.call_soon(self._flush)
+        self._work.append(item)
+
+    def _flush(self) -> None:
+        work, self._work = self._work, []
+        if work and self._link is not None and not self._link.is_closing():
+            self._link.write(frame(work))
+
+    # ---- frames from the child
+
+    def on_data(self, data: bytes) -> None:
+        try:
+            for content in self._frames.feed(data):
+                self._on_frame(content)
+        except (FrameError, IndexError, TypeError) as error:
+            self._reason = self._reason or f"the engine process sent what is no frame ({error}): it was ended"
+            self._signal(signal.SIGKILL)
+
+    def _on_frame(self, content: list[Any]) -> None:
+        kind = content[0]
+        if kind == STEP:
+            if self._over:
+                return
+            step = unpack_step(content, self._open)
+            self.load = unpack_load(content[5])
+            self.steps += 1
+            self.last_step_s = self._loop.time()
+            for output in step.outputs:
+                if output.finish:
+                    self._open.discard(output.key)
+            self.on_step(step)
+        elif kind == LOAD:
+            self.load = unpack_load(content[1])
+        elif kind == PROGRESS:
+            if not self._ready.done():
+                self._progress(content[1], content[2])
+        elif kind == READY:
+            self.last_step_s = self._loop.time()
+            if not self._ready.done():
+                self._ready.set_result(unpack_info(content))
+        elif kind == FAILED:
+            self._reason = str(content[1])
+        else:
+            raise FrameError(f"kind {kind!r}")
+
+    def on_lost(self) -> None:
+        """End of the child's output: it is dead, or has closed its socket and will be."""
+        self._lost.set()
+        if self._exited.is_set():
+            self._tell()
+        else:
+            self._loop.call_later(LAST_WORDS_S, self._signal, signal.SIGKILL)
+
+    # ---- life and death
+
+    def _on_exit(self) -> None:
+        """The process is a zombie now: its number is still ours, so its group can be killed safely, then reap it."""
+        assert self._process is not None
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._exited.set()
+        if self._lost.is_set() or self._link is None:
+            self._tell()
+        else:
+            self._loop.call_later(LAST_WORDS_S, self._tell)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None and not self._exited.is_set():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+
+    def _tell(self) -> None:
+        if self._over:
+            return
+        self._over = True
+        assert self._process is not None
+        self._open.clear()
+        reason = self._reason or _how_it_ended(self._process.returncode)
+        if not self._ready.done():
+            self._ready.set_exception(EngineError(reason))
+        else:
+            self.on_death(reason)
+
+    async def close(self, ask: float = ASK_S) -> None:
+        """Ask for ``ask`` seconds, then SIGTERM, then SIGKILL, each to the whole group."""
+        self._over = True
+        if self._process is None:
+            return
+        if self._link is not None and not self._link.is_closing() and ask:
+            self._flush()
+            self._link.write_eof()
+        for wait, then in ((ask, signal.SIGTERM), (TERM_S, signal.SIGKILL), (KILL_S, None)):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._exited.wait()
+            if self._exited.is_set():
+                break
+            if then is None:
+                log.error("engine process %d does not end even by SIGKILL; it is left behind", self._process.pid)
+            else:
+                self._signal(then)
+        if self._link is not None:
+            self._link.abort()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._lost.wait()
+
+
+def _popen(theirs: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the child (2 ms, vfork); what an engine prints goes to stderr, for stdout is the `ready` line's."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "p2pdyn.engines.host", str(theirs.fileno())],
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        pass_fds=[theirs.fileno()],
+        process_group=0,
+    )
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"the engine process exited with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = "; if nobody sent it, the host may be out of memory" if -code == signal.SIGKILL else ""
+    return f"the engine process was killed by {name}{hint}"
+
+
+class _Link(asyncio.Protocol):
+    def __init__(self, runner: ChildRunner) -> None:
+        self._runner = runner
+
+    def data_received(self, data: bytes) -> None:
+        self._runner.on_data(data)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._runner.on_lost()

@@ -1,0 +1,151 @@
+"""The engine host: a child process in which one engine loads and runs.
+
+``python -m p2pdyn.engines.host FD`` reads its work from the socket FD and answers one frame an engine step
+(:mod:`p2pdyn.engines.frames`).  It has no event loop: it waits, takes in everything that has arrived, and steps the
+engine, so that an abort right behind its submit wins.  End of input, by the peer's wish or by its death, ends the
+process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from p2pdyn.engines import registry
+from p2pdyn.engines.base import Engine, EngineError, EngineOptions, Step
+from p2pdyn.engines.frames import (
+    FAILED,
+    LOAD,
+    PROGRESS,
+    FrameBuffer,
+    frame,
+    pack_info,
+    pack_load,
+    pack_step,
+    unpack_sequence,
+)
+
+PR_SET_PDEATHSIG = 1
+READ = 1 << 18
+
+
+class PeerGone(Exception):
+    """End of input."""
+
+
+class Inbox:
+    """The peer's frames."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._frames = FrameBuffer()
+
+    def take(self, wait: float | None) -> list[Any]:
+        """Wait up to ``wait`` seconds (None: for ever) for input, then take all frames there are. Raises PeerGone."""
+        taken: list[Any] = []
+        if not self._poll.poll(None if wait is None else wait * 1000):
+            return taken
+        while True:
+            try:
+                data = self._sock.recv(READ, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return taken
+            except ConnectionError as error:
+                raise PeerGone from error
+            if not data:
+                raise PeerGone
+            taken.extend(self._frames.feed(data))
+
+
+def main() -> int:
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.set_inheritable(False)
+    sock.setblocking(True)
+    inbox = Inbox(sock)
+    try:
+        (name, parent, model, served_name, args, offline, data_dir), *work = inbox.take(None)
+        die_with(parent)
+        options = EngineOptions(model, served_name, tuple(args), offline, Path(data_dir))
+        return run(name, options, sock, inbox, work)
+    except (PeerGone, BrokenPipeError, ConnectionResetError):
+        return 0
+
+
+def die_with(parent: int) -> None:
+    """Take the whole process group down with the peer, however it ends and whatever the engine has started."""
+
+    def end(number: int, _: object) -> None:
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        raise PeerGone
+
+
+def run(name: str, options: EngineOptions, sock: socket.socket, inbox: Inbox, work: list[Any]) -> int:
+    """Load, then serve until the peer goes; an exception of the engine is told to the peer."""
+    engine: Engine | None = None
+
+    def progress(fraction: float, what: str) -> None:
+        sock.sendall(frame([PROGRESS, fraction, what]))
+
+    try:
+        engine = registry.create(name, options)
+        info = engine.load(progress)
+        sock.sendall(frame(pack_info(info)))
+        serve(engine, sock, inbox, work)
+    except (PeerGone, BrokenPipeError, ConnectionResetError):
+        return 0
+    except EngineError as error:
+        sock.sendall(frame([FAILED, str(error)]))
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        sock.sendall(frame([FAILED, f"engine {name} failed: {type(error).__name__}: {error}"]))
+        return 1
+    finally:
+        if engine is not None:
+            engine.close()
+    return 0
+
+
+def serve(engine: Engine, sock: socket.socket, inbox: Inbox, work: list[Any]) -> None:
+    """Run steps until PeerGone."""
+    clock = time.monotonic
+    while True:
+        now = clock()
+        due = engine.next_step(now)
+        work += inbox.take(None if due is None else max(0.0, due - now))
+        now = clock()
+        for batch in work:
+            for item in batch:
+                if isinstance(item, int):
+                    engine.abort(item, now)
+                else:
+                    engine.submit(unpack_sequence(item), now)
+        due = engine.next_step(now)
+        if due is not None and due <= now:
+            step: Step = engine.step(now)
+            sock.sendall(frame(pack_step(step, engine.load_report())))
+        elif work:
+            sock.sendall(frame([LOAD, pack_load(engine.load_report())]))
+        work = []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
