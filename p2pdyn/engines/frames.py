@@ -187,7 +187,7 @@ def pack_info(info: EngineInfo) -> list[Any]:
 
 def unpack_info(content: list[Any]) -> EngineInfo:
     try:
-        _, *head, features = content
-        return EngineInfo(*head, features=tuple(features))
+        _, engine, version, model, card, block_size, blocks, seqs, context, features = content
+        return EngineInfo(engine, version, model, card, block_size, blocks, seqs, context, tuple(features))
     except (TypeError, ValueError) as error:
         raise FrameError("the engine's description has a wrong shape") from error
