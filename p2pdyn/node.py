@@ -1,0 +1,356 @@
+"""One peer: builds the cores, starts the shells, owns the order of shutdown.
+
+Start-up binds everything before anything is announced; the engine loads last, while the peer already gossips its
+progress.  Shutdown goes the other way: say so, finish what runs, leave, close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any
+
+from p2pdyn import __version__
+from p2pdyn.config import Config, ReadyInfo, StartError
+from p2pdyn.constants import HASH_SEED
+from p2pdyn.core.router import make_policy
+from p2pdyn.core.types import (
+    DRAINING,
+    LOADING,
+    READY,
+    STALLED,
+    STARTING,
+    Address,
+    Load,
+    NodeId,
+    PeerInfo,
+    ServedModel,
+)
+from p2pdyn.datadir import DataDir
+from p2pdyn.engines.base import EngineError, EngineInfo, Step
+from p2pdyn.engines.runner import Runner, make_runner
+from p2pdyn.net import interfaces
+from p2pdyn.net.curve import Security
+from p2pdyn.net.mesh import Mesh, Peer
+from p2pdyn.net.seeds import Seeds
+from p2pdyn.net.sockets import Sockets
+from p2pdyn.net.worker import WorkerService
+from p2pdyn.report import cluster_report
+from p2pdyn.text.card import ModelCard
+
+log = logging.getLogger(__name__)
+
+Ready = Callable[[ReadyInfo], Awaitable[None] | None]
+
+DRAIN_S = 20.0
+"""Longest that requests may go on after the first stop signal."""
+LEAVE_S = 1.0
+PROGRESS_S = 0.5
+"""Shortest time between two gossiped loading percentages."""
+STALL_S = 30.0
+"""An engine with requests open and no step for this long is told as stalled (a chunk of prefill on a slow CPU takes
+seconds, never this)."""
+
+
+async def run(config: Config, *, ready: Ready, stop: asyncio.Event) -> int:
+    """Run one peer until ``stop`` is set (again: at once); the exit code.
+
+    Raises ConfigError and StartError with one sentence each.
+    """
+    with DataDir(config.data_dir) as data:
+        node = Node(config, data)
+        try:
+            await node.start(ready)
+            return await node.serve(stop)
+        finally:
+            await node.close()
+
+
+class Node:
+    """The composition root. Nothing else knows all parts."""
+
+    def __init__(self, config: Config, data: DataDir) -> None:
+        self.config = config
+        self.data = data
+        self.rng = random.Random()
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.stack = contextlib.AsyncExitStack()
+        self.info = PeerInfo(config.name, __version__, config.role, config.engine, state=STARTING)
+        self.worker: WorkerService | None = None
+        self.runner: Runner | None = None
+        self.dispatcher: Any = None
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.mesh: Mesh
+        self.told_progress = 0.0
+
+    # Start.
+
+    async def start(self, ready: Ready) -> None:
+        config = self.config
+        try:
+            listen = interfaces.pick(config.listen)
+        except ValueError as error:
+            raise StartError(str(error)) from None
+        security = self._security()
+        sockets = self.sockets = Sockets(security)
+        self.stack.callback(sockets.close)
+        if config.engine != "none":
+            self._bind_worker(sockets, listen.host)
+        self.mesh = Mesh(
+            sockets,
+            node=self.data.node,
+            epoch=self.data.epoch,
+            cluster=config.cluster,
+            info=self.info,
+            listen=[Address(host, config.port) for host in listen.hosts],
+            advertise_host=listen.host,
+            on_change=self._changed,
+            on_fatal=self._fatal,
+            rng=self.rng,
+        )
+        self.stack.callback(self.mesh.close)
+        self.mesh.on_admin("peers", lambda args: self.report())
+        if config.http is not None:
+            await self._start_http(sockets)
+        self.mesh.start()
+        await self._introduce(security, listen)
+        log.info("node %s listens on %s (%s)", self.data.node, self.mesh.address, listen.why)
+        if config.engine != "none":
+            await self._load_engine()
+        else:
+            self._tell(state=READY)
+        outcome = ready(self._ready_info())
+        if outcome is not None:
+            await outcome
+        self._background(self._watch())
+
+    def _security(self) -> Security:
+        try:
+            if self.config.cluster_key is not None:
+                return Security.load(self.config.cluster_key)
+        except (OSError, ValueError) as error:
+            raise StartError(str(error)) from None
+        return Security.insecure(allow_remote=self.config.insecure)
+
+    def _bind_worker(self, sockets: Sockets, host: str) -> None:
+        base = self.config.port
+        requests, events = (Address(host, base and base + offset) for offset in (1, 2))
+        self.worker = WorkerService(sockets, self.data.node, self.data.epoch, [requests], [events])
+        self.stack.callback(self.worker.close)
+        self.info = replace(
+            self.info, requests_port=self.worker.requests_port, events_port=self.worker.events_port, state=LOADING
+        )
+
+    async def _start_http(self, sockets: Sockets) -> None:
+        # Imported here: a worker without an endpoint pays for none of it.
+        from p2pdyn.http.server import HttpServer, HttpSettings
+        from p2pdyn.net.dispatch import Dispatcher
+
+        config = self.config
+        assert config.http is not None
+        self.dispatcher = Dispatcher(
+            sockets,
+            self.data.node,
+            self.data.epoch,
+            make_policy(config.router, self.rng),
+            eager=config.http_given,
+            suspect=lambda node: self.mesh.probe(node),
+            report=self.report,
+        )
+        self.stack.callback(self.dispatcher.close)
+        settings = HttpSettings(
+            config.http, api_key_file=config.api_key_file, tls_cert=config.tls_cert, tls_key=config.tls_key
+        )
+        server = HttpServer(self.dispatcher, settings)
+        try:
+            url = await server.start()
+        except OSError as error:
+            raise StartError(
+                f"the HTTP endpoint cannot listen on {config.http} ({error.strerror}): "
+                "give a free port with --http HOST:PORT, or --no-http"
+            ) from None
+        self.stack.push_async_callback(server.stop, 1.0)
+        self.info = replace(self.info, http=url)
+
+    async def _introduce(self, security: Security, listen: interfaces.Listen) -> None:
+        config, mesh = self.config, self.mesh
+        if config.seeds or config.seeds_file:
+            try:
+                seeds = Seeds(config.seeds, config.seeds_file, lambda address: mesh.introduce(address, "seed"))
+            except ValueError as error:
+                raise StartError(str(error)) from None
+            self._background(seeds.run())
+        if config.mdns:
+            from p2pdyn.net.mdns import Mdns
+
+            mdns = Mdns(
+                node=self.data.node,
+                cluster=config.cluster,
+                name=config.name,
+                port=mesh.address.port,
+                addresses=[host for host in listen.hosts if not Address(host, 0).is_loopback],
+                key_fingerprint=security.fingerprint,
+                interfaces=listen.interfaces,
+                on_peer=lambda address, properties: mesh.introduce(address, "mdns"),
+            )
+            await mdns.start()
+            self.stack.push_async_callback(mdns.close)
+
+    async def _load_engine(self) -> None:
+        config = self.config
+        assert self.worker is not None
+        try:
+            runner = self.runner = make_runner(
+                config.engine,
+                config.model,
+                config.served_model_name,
+                config.engine_args,
+                offline=config.offline,
+                data_dir=self.data.path,
+                on_step=self._stepped,
+                on_death=self._engine_died,
+            )
+            self.stack.push_async_callback(runner.close)
+            info = await self._until_ended(runner.start(self._progress))
+        except EngineError as error:
+            raise StartError(str(error)) from None
+        digest = ModelCard.unpack(info.card).digest
+        served = ServedModel(info.model, digest, fingerprint(info, digest), info.block_size, info.context)
+        self.worker.serve(runner, info, [info.model], digest)
+        self._tell(
+            state=READY, progress=1.0, detail="", engine=info.engine, engine_version=info.version, models=(served,)
+        )
+
+    async def _until_ended(self, loading: Awaitable[EngineInfo]) -> EngineInfo:
+        """Loading has no deadline, but ends with the node."""
+        task = asyncio.ensure_future(loading)
+        await asyncio.wait([task, self.ended], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.cancel()
+            raise StartError(self.ended.result())
+        return task.result()
+
+    def _ready_info(self) -> ReadyInfo:
+        models = self.info.models
+        return ReadyInfo(
+            self.data.node,
+            str(self.mesh.address),
+            self.info.http or None,
+            models[0].name if models else None,
+            self.info.role,
+        )
+
+    # Serve and stop.
+
+    async def serve(self, stop: asyncio.Event) -> int:
+        """Until asked to stop or unable to go on."""
+        asked = asyncio.ensure_future(stop.wait())
+        await asyncio.wait([asked, self.ended], return_when=asyncio.FIRST_COMPLETED)
+        if self.ended.done():
+            asked.cancel()
+            await self._leave()
+            raise StartError(self.ended.result())
+        stop.clear()
+        await self._drain(stop)
+        await self._leave()
+        return 0
+
+    async def _drain(self, stop: asyncio.Event) -> None:
+        """Finish what runs, unless asked to stop again."""
+        self._tell(state=DRAINING)
+        if self.worker is None:
+            return
+        self.worker.drain()
+        deadline = asyncio.get_running_loop().time() + DRAIN_S
+        while self.worker.open and not stop.is_set() and asyncio.get_running_loop().time() < deadline:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), 0.1)
+
+    async def _leave(self) -> None:
+        await self.mesh.leave(LEAVE_S)
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.stack.aclose()
+        if not self.ended.done():
+            self.ended.cancel()
+
+    # What the parts tell each other.
+
+    def report(self) -> dict[str, Any]:
+        """What `p2pdyn peers --json` prints."""
+        loads: dict[NodeId, Load] = dict(self.dispatcher.loads) if self.dispatcher is not None else {}
+        if self.worker is not None:
+            loads[self.data.node] = self.worker.load
+        incompatible = self.dispatcher.catalog.incompatible if self.dispatcher is not None else {}
+        return cluster_report(self.config.cluster, self.mesh, loads, incompatible)
+
+    def _changed(self, peer: Peer, was: str | None) -> None:
+        if was != peer.state:
+            log.info("peer %s (%s) at %s: %s -> %s", peer.info.name, peer.id, peer.address, was or "new", peer.state)
+        if self.dispatcher is not None:
+            self.dispatcher.refresh(
+                (p.id, p.version.epoch, p.address, p.info)
+                for p in self.mesh.peers.values()
+                if p.state in ("alive", "suspect")
+            )
+
+    def _fatal(self, text: str) -> None:
+        if not self.ended.done():
+            self.ended.set_result(text)
+
+    def _stepped(self, step: Step) -> None:
+        if self.worker is not None:
+            self.worker.on_step(step)
+
+    def _engine_died(self, reason: str) -> None:
+        if self.worker is not None:
+            self.worker.engine_died(reason)
+        self._fatal(f"engine {self.config.engine} ended ({reason}): see its output above, and start the node again")
+
+    def _progress(self, fraction: float, detail: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self.told_progress >= PROGRESS_S:
+            self.told_progress = now
+            self._tell(state=LOADING, progress=round(fraction, 3), detail=detail[:200])
+
+    def _tell(self, **changes: Any) -> None:
+        """Change what this peer says of itself; everybody hears at once."""
+        info = replace(self.info, **changes)
+        if info != self.info:
+            self.info = info
+            self.mesh.update(info)
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        task.add_done_callback(self._background_done)
+        self.tasks.append(task)
+
+    def _background_done(self, task: asyncio.Task[Any]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a background task failed", exc_info=error)
+            self._fatal(f"an internal task failed ({error!r}): please report it")
+
+    async def _watch(self) -> None:
+        """An engine that stands still with work queued is told as stalled, and as ready once it moves again."""
+        while self.worker is not None and self.runner is not None:
+            await asyncio.sleep(1.0)
+            now = asyncio.get_running_loop().time()
+            still = self.worker.open > 0 and now - self.runner.last_step_s > STALL_S
+            if still and self.info.state == READY:
+                self._tell(state=STALLED, detail=f"no engine step for {STALL_S:g} s with requests open")
+            elif not still and self.info.state == STALLED:
+                self._tell(state=READY, detail="")
+
+
+def fingerprint(info: EngineInfo, card_digest: str) -> str:
+    """What two workers must share to be routed together: 16 hex digits over block size, card and hash parameters."""
+    parts = f"{info.block_size}/{card_digest}/xxh3-64/{HASH_SEED}"
+    return blake2b(parts.encode(), digest_size=8).hexdigest()

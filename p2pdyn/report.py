@@ -1,0 +1,59 @@
+"""The cluster as one peer sees it: the body of `p2pdyn peers --json` and ``GET /p2p/peers``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from p2pdyn.core.types import INCOMPATIBLE, READY, Load, NodeId
+
+if TYPE_CHECKING:
+    from p2pdyn.net.mesh import Mesh, Peer
+
+
+def cluster_report(
+    cluster: str, mesh: Mesh, loads: Mapping[NodeId, Load], incompatible: Mapping[NodeId, str]
+) -> dict[str, Any]:
+    """``loads`` holds what is known of workers' loads, one's own included; the others' are null."""
+    peers = [_peer(peer, loads.get(peer.id), incompatible.get(peer.id)) for peer in mesh.peers.values()]
+    peers.sort(key=lambda peer: (str(peer["name"]), str(peer["id"])))
+    return {
+        "cluster": cluster,
+        "self": mesh.node,
+        "peers": peers,
+        "refused": mesh.refused(),
+        "alarms": mesh.alarms(),
+    }
+
+
+def _peer(peer: Peer, load: Load | None, incompatible: str | None) -> dict[str, Any]:
+    info = peer.info
+    state, detail = (info.state, info.detail) if peer.state == "alive" else (peer.state, "")
+    if incompatible is not None and state == READY:
+        state, detail = INCOMPATIBLE, incompatible
+    return {
+        "id": peer.id,
+        "name": info.name,
+        "version": info.version,
+        "state": state,
+        "detail": detail,
+        "progress": info.progress,
+        "role": info.role,
+        "engine": info.engine,
+        "engine_version": info.engine_version,
+        "models": [served.name for served in info.models],
+        "address": str(peer.address),
+        "http": info.http or None,
+        "epoch": peer.version.epoch,
+        "incarnation": peer.version.incarnation,
+        "last_seen_s": round(peer.last_seen_s, 3),
+        "clock_s": None if peer.clock_s is None else round(peer.clock_s, 3),
+        "load": {
+            "active_requests": load.active_requests if load else None,
+            "active_blocks": load.active_blocks if load else None,
+            "queued": load.queued if load else None,
+            "kv_used": load.kv_used if load else None,
+            "kv_total": load.kv_total if load else None,
+        },
+        "kv": {"stream": "NEW", "seq": 0, "blocks": 0},
+    }

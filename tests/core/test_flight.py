@@ -1,0 +1,302 @@
+"""The frontend's open requests: exactly-once delivery in order, whatever workers and frames do."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from p2pdyn.core.flight import MAX_WAITING, MIGRATION_LIMIT, WAIT_S, Abandon, Dispatch, Flights
+from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected
+from p2pdyn.core.router import make_policy
+from p2pdyn.core.types import NodeId, SamplingParams
+from p2pdyn.wire.requests import Delta
+
+MODEL = "m"
+A, B, C = NodeId("a" * 16), NodeId("b" * 16), NodeId("c" * 16)
+
+
+class Recorder:
+    """A sink that checks the promises made to sinks."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.cached: list[int] = []
+        self.routed: list[NodeId] = []
+        self.ends: list[Outcome] = []
+        self.cancelled = False
+
+    def on_routed(self, worker: NodeId) -> None:
+        assert not self.ends
+        self.routed.append(worker)
+
+    def on_tokens(self, tokens: Sequence[int], logprobs: Logprobs, cached: int) -> None:
+        assert not self.ends
+        assert not self.cancelled
+        self.tokens += tokens
+        self.cached.append(cached)
+
+    def on_end(self, outcome: Outcome) -> None:
+        assert not self.ends
+        assert not self.cancelled
+        self.ends.append(outcome)
+
+    def flush(self) -> None:
+        pass
+
+
+def make_flights(*workers: NodeId, policy: str = "round-robin") -> Flights:
+    flights = Flights(make_policy(policy, random.Random(1)), lambda data: ())
+    flights.routable({MODEL: list(workers)}, 0.0)
+    return flights
+
+
+def job(resumable: bool = True, pin: str = "") -> Job:
+    return Job(MODEL, array("I", [1, 2, 3]), SamplingParams(), resumable=resumable, pin=pin)
+
+
+def submit(flights: Flights, resumable: bool = True) -> tuple[Recorder, Dispatch]:
+    sink = Recorder()
+    _, (dispatch,) = flights.submit(job(resumable), sink, 0.0)
+    assert isinstance(dispatch, Dispatch)
+    return sink, dispatch
+
+
+def delta(dispatch: Dispatch, offset: int, *tokens: int, finish: str = "", cached: int = 0) -> Delta:
+    return Delta(dispatch.rid, dispatch.attempt, offset, tokens, finish, cached, b"")
+
+
+def test_tokens_reach_the_sink_and_finish_ends_it() -> None:
+    flights = make_flights(A)
+    sink, dispatch = submit(flights)
+    assert flights.tokens(A, [delta(dispatch, 0, 7, 8, cached=2)], 0.1) == []
+    assert flights.tokens(A, [delta(dispatch, 2, 9, finish="stop")], 0.2) == []
+    assert sink.tokens == [7, 8, 9]
+    assert sink.cached == [2, 0]
+    assert sink.ends == [Outcome("stop", (A,))]
+    assert not flights.open
+
+
+def test_lost_worker_moves_the_stream_with_what_was_received() -> None:
+    flights = make_flights(A, B)
+    sink, first = submit(flights)
+    other = B if first.worker == A else A
+    flights.tokens(first.worker, [delta(first, 0, 7)], 0.1)
+    (second,) = flights.worker_lost(first.worker, "gone", 0.2)
+    assert second == Dispatch(other, first.rid, 1, first.job, array("I", [1, 2, 3, 7]))
+    assert isinstance(second, Dispatch)
+    flights.tokens(other, [delta(second, 1, 8, finish="length")], 0.3)
+    assert sink.tokens == [7, 8]
+    assert sink.ends == [Outcome("length", (first.worker, other), migrations=1)]
+
+
+def test_hole_in_the_offsets_counts_as_loss() -> None:
+    flights = make_flights(A, B)
+    sink, first = submit(flights)
+    abandon, again = flights.tokens(first.worker, [delta(first, 1, 8)], 0.1)
+    assert abandon == Abandon(first.worker, first.rid, 0)
+    assert isinstance(again, Dispatch)
+    assert again.worker != first.worker
+    assert sink.tokens == []
+
+
+def test_older_attempts_are_dropped_and_told_to_stop() -> None:
+    flights = make_flights(A, B)
+    sink, first = submit(flights)
+    flights.worker_lost(first.worker, "gone", 0.1)
+    flights.routable({MODEL: [A, B]}, 0.2)
+    assert flights.tokens(first.worker, [delta(first, 0, 9)], 0.2) == [Abandon(first.worker, first.rid, 0)]
+    assert sink.tokens == []
+
+
+def test_unresumable_request_is_rerun_before_the_first_token_only() -> None:
+    flights = make_flights(A, B, C)
+    sink, first = submit(flights, resumable=False)
+    (second,) = flights.worker_lost(first.worker, "gone", 0.1)
+    assert isinstance(second, Dispatch)
+    flights.tokens(second.worker, [delta(second, 0, 7)], 0.2)
+    assert flights.worker_lost(second.worker, "gone", 0.3) == []
+    assert sink.ends[0].failure is not None
+    assert (sink.ends[0].failure.status, sink.ends[0].failure.code) == (503, "worker_lost")
+
+
+def test_a_request_that_kills_its_workers_stops() -> None:
+    flights = make_flights(A, B)
+    sink, dispatch = submit(flights)
+    for _ in range(MIGRATION_LIMIT):
+        (again,) = flights.worker_lost(dispatch.worker, "died", 0.1)
+        assert isinstance(again, Dispatch)
+        dispatch = again
+        flights.routable({MODEL: [A, B]}, 0.1)
+    assert flights.worker_lost(dispatch.worker, "died", 0.2) == []
+    assert sink.ends[0].finish == "error"
+    assert sink.ends[0].migrations == MIGRATION_LIMIT
+
+
+def test_waits_for_a_worker_and_gives_up() -> None:
+    flights = make_flights()
+    sink = Recorder()
+    rid, actions = flights.submit(job(), sink, 1.0)
+    assert actions == []
+    assert flights.next_deadline() == 1.0 + WAIT_S
+    assert flights.tick(1.0 + WAIT_S) == []
+    assert sink.ends[0].failure is not None
+    assert sink.ends[0].failure.code == "no_ready_worker"
+    assert rid not in flights.open
+    assert flights.next_deadline() is None
+
+
+def test_waiting_requests_start_when_a_worker_comes() -> None:
+    flights = make_flights()
+    sink = Recorder()
+    rid, _ = flights.submit(job(), sink, 0.0)
+    (dispatch,) = flights.routable({MODEL: [A]}, 0.5)
+    assert isinstance(dispatch, Dispatch)
+    assert (dispatch.rid, dispatch.worker) == (rid, A)
+    assert sink.routed == [A]
+
+
+def test_too_many_waiting_are_rejected() -> None:
+    flights = make_flights()
+    for _ in range(MAX_WAITING):
+        flights.submit(job(), Recorder(), 0.0)
+    with pytest.raises(Rejected) as rejected:
+        flights.submit(job(), Recorder(), 0.0)
+    assert rejected.value.failure == Failure(
+        429, "overloaded", "Too many requests are waiting for a worker; retry later.", 1
+    )
+
+
+def test_pin_is_obeyed() -> None:
+    flights = make_flights(A, B, C)
+    for _ in range(6):
+        _, (dispatch,) = flights.submit(job(pin=B), Recorder(), 0.0)
+        assert dispatch.worker == B
+
+
+def test_invalid_is_the_clients_fault_and_not_retried() -> None:
+    flights = make_flights(A, B)
+    sink, dispatch = submit(flights)
+    assert flights.refused(dispatch.worker, dispatch.rid, 0, "invalid", "too long", 0.1) == []
+    assert sink.ends[0].failure == Failure(400, "invalid_request", "too long")
+
+
+def test_request_that_the_worker_forgot_is_moved() -> None:
+    flights = make_flights(A, B)
+    _, dispatch = submit(flights)
+    assert flights.missing_at(dispatch.worker, [dispatch.rid], 5.0, 5.0) == []
+    assert flights.missing_at(dispatch.worker, [], -1.0, 0.5) == []  # sent too recently to have been seen
+    abandon, again = flights.missing_at(dispatch.worker, [], 5.0, 5.0)
+    assert isinstance(abandon, Abandon)
+    assert isinstance(again, Dispatch)
+
+
+class FlightMachine(RuleBasedStateMachine):
+    """Workers that answer token ``position`` at each position, lose frames, forget, die and come back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.up = {A, B}
+        self.flights = Flights(make_policy("least-loaded", random.Random(0)), lambda data: ())
+        self.sinks: dict[int, Recorder] = {}
+        self.held: dict[NodeId, dict[tuple[int, int], int]] = {A: {}, B: {}, C: {}}
+        self.old_frames: list[tuple[NodeId, Delta]] = []
+        self.take(self.flights.routable({MODEL: [A, B]}, 0.0))
+
+    def take(self, actions: Sequence[Dispatch | Abandon]) -> None:
+        for action in actions:
+            if isinstance(action, Dispatch):
+                assert action.worker in self.up, "routed to a worker that is not up"
+                sink = self.sinks.get(action.rid)
+                sent = list(action.tokens[3:])
+                assert sent == list(range(len(sent)))
+                assert sink is None or sent == sink.tokens
+                self.held[action.worker][action.rid, action.attempt] = len(sent)
+            else:
+                self.held[action.worker].pop((action.rid, action.attempt), None)
+
+    @rule(resumable=st.booleans())
+    def submit(self, resumable: bool) -> None:
+        sink = Recorder()
+        rid, actions = self.flights.submit(job(resumable), sink, self.now)
+        self.sinks[rid] = sink
+        self.take(actions)
+
+    @rule(data=st.data(), count=st.integers(1, 3), finish=st.sampled_from(["", "", "", "stop", "length", "error"]))
+    def step(self, data: st.DataObject, count: int, finish: str) -> None:
+        worker = data.draw(st.sampled_from([A, B, C]))
+        for (rid, attempt), position in list(self.held[worker].items()):
+            frame = Delta(rid, attempt, position, tuple(range(position, position + count)), finish, 0, b"")
+            if finish:
+                del self.held[worker][rid, attempt]
+            else:
+                self.held[worker][rid, attempt] = position + count
+            self.old_frames.append((worker, frame))
+            if data.draw(st.booleans()):
+                self.take(self.flights.tokens(worker, [frame], self.now))
+
+    @precondition(lambda self: self.old_frames)
+    @rule(data=st.data())
+    def deliver_an_old_frame_again(self, data: st.DataObject) -> None:
+        worker, frame = data.draw(st.sampled_from(self.old_frames))
+        self.take(self.flights.tokens(worker, [frame], self.now))
+
+    @rule(worker=st.sampled_from([A, B, C]))
+    def die(self, worker: NodeId) -> None:
+        self.up.discard(worker)
+        self.held[worker].clear()
+        self.take(self.flights.worker_lost(worker, "died", self.now))
+        self.take(self.flights.routable({MODEL: sorted(self.up)}, self.now))
+
+    @rule(worker=st.sampled_from([A, B, C]))
+    def come(self, worker: NodeId) -> None:
+        self.up.add(worker)
+        self.take(self.flights.routable({MODEL: sorted(self.up)}, self.now))
+
+    @rule(worker=st.sampled_from([A, B, C]))
+    def heartbeat(self, worker: NodeId) -> None:
+        if worker in self.up:
+            known = [rid for rid, _ in self.held[worker]]
+            self.take(self.flights.missing_at(worker, known, self.now, self.now))
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.flights.open:
+            rid = data.draw(st.sampled_from(sorted(self.flights.open)))
+            self.sinks[rid].cancelled = True
+            self.take(self.flights.cancel(rid))
+
+    @rule(seconds=st.floats(0.1, 6.0))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.take(self.flights.tick(self.now))
+
+    @invariant()
+    def streams_are_in_order_without_repeats(self) -> None:
+        for sink in self.sinks.values():
+            assert sink.tokens == list(range(len(sink.tokens)))
+
+    @invariant()
+    def each_request_is_open_or_ended_once(self) -> None:
+        for rid, sink in self.sinks.items():
+            assert (rid in self.flights.open) == (not sink.ends and not sink.cancelled)
+
+    @invariant()
+    def books_balance(self) -> None:
+        for worker, target in self.flights._targets.items():
+            assert target.mine == self.flights.open_at(worker)
+        for flight in self.flights.open.values():
+            assert (flight.worker is None) == (flight.rid in self.flights._waiting)
+            assert flight.worker is None or flight.worker in self.up
+        if not self.flights.open:
+            assert not self.flights._at
+
+
+FlightMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestFlightMachine = FlightMachine.TestCase
