@@ -3,8 +3,8 @@
 A message is a frozen, slotted dataclass decorated with :func:`message`; the codec sends its fields as one positional
 msgpack array ``[kind, field, field, ...]`` behind the version byte.  Field types are ``int`` (0 .. 2**64-1 unless a
 :class:`Bound` says otherwise), ``float`` (finite), ``bool``, ``str``, ``bytes``, ``T | None``, ``tuple[T, ...]``,
-``tuple[A, B]`` and other dataclasses (nested arrays).  ``str``, ``bytes`` and ``tuple[T, ...]`` must carry a
-:class:`Cap`: ``Annotated[str, Cap(64)]``.  Anything else does not decode.
+``tuple[A, B]`` and other dataclasses or NamedTuples (nested arrays).  ``str``, ``bytes`` and ``tuple[T, ...]`` must
+carry a :class:`Cap`: ``Annotated[str, Cap(64)]``.  Anything else does not decode.
 """
 
 from __future__ import annotations
@@ -62,4 +62,3 @@ def message(link: str, kind: int) -> Callable[[type[T]], type[T]]:
         return cls
 
     return register
-
