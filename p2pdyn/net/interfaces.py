@@ -17,7 +17,7 @@ import ipaddress
 import logging
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -201,8 +201,8 @@ def _praise(nic: Nic, private: bool, nics: Sequence[Nic]) -> str:
 # ---- the reader ----
 
 
-def read() -> list[Nic]:
-    """Snapshot of this host's interfaces. One that cannot be read is logged and left out.
+def read(only: Collection[str] | None = None) -> list[Nic]:
+    """Snapshot of this host's interfaces, or of those named. One that cannot be read is logged and left out.
 
     Names, flags and addresses come from system calls, which see the process's own network namespace; /sys may show
     another one (`unshare -n` does not remount it), so an entry there counts only when its index matches.
@@ -218,6 +218,8 @@ def read() -> list[Nic]:
     nics = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for index, name in socket.if_nameindex():
+            if only is not None and name not in only:
+                continue
             try:
                 nics.append(_read_one(name, index, tuple(addresses.get(name, ())), sock))
             except (OSError, ValueError) as error:
