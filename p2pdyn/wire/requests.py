@@ -73,9 +73,8 @@ class Delta(NamedTuple):
     """Tokens of one request from one engine step (a NamedTuple: it is built up to 200,000 times a second).
 
     ``offset`` counts generated tokens, those of earlier attempts included; a hole means frames were lost.  ``finish``
-    is "" (goes on), stop, length, abort or error.  ``logprobs`` is msgpack of ``[[chosen, [[id, logprob], ...]], ...]``,
-    one entry a token, or empty.  ``cached`` is the number of prompt tokens found in the prefix cache, told with the
-    first delta.
+    is "" (goes on), stop, length, abort or error.  ``cached`` is the number of prompt tokens found in the prefix cache,
+    told with the first delta.  ``logprobs`` is empty or :func:`p2pdyn.wire.codec.encode_logprobs` of one entry a token.
     """
 
     rid: U64
