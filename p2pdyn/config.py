@@ -18,6 +18,7 @@ from typing import Any
 
 from p2pdyn import settings
 from p2pdyn.constants import DEFAULT_PORT
+from p2pdyn.core.router import DEFAULT_POLICY
 from p2pdyn.core.types import AGGREGATED, FRONTEND, Address
 from p2pdyn.settings import GPU_ENGINES, SETTINGS, BadValue
 
@@ -85,7 +86,7 @@ class Config:
     cluster: str = "default"
     cluster_key: Path | None = None
     insecure: bool = False
-    router: str = settings.ROUTERS[0]
+    router: str = DEFAULT_POLICY
     workers: tuple[WorkerConfig, ...] = ()
     api_key_file: Path | None = None
     tls_cert: Path | None = None

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from p2pdyn.constants import DEFAULT_PORT
+from p2pdyn.core.router import POLICIES
 from p2pdyn.core.types import ROLES, Address
 
 ENGINES = ("builtin", "sim", "vllm", "sglang", "trtllm", "none")
 GPU_ENGINES = ("vllm", "sglang", "trtllm")
-ROUTERS = ("least-loaded", "round-robin", "random")
-"""The first is the default."""
+ROUTERS = tuple(POLICIES)
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_WORKERS = 64
 MAX_GPUS = 64
@@ -116,7 +117,7 @@ def _seeds(value: object, _: Path | None) -> tuple[str, ...]:
 def _listen(value: object, _: Path | None) -> str:
     text = _text(value).strip()
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    if not re.fullmatch(r"[A-Za-z0-9_.:%@-]{1,255}", bare):
+    if not re.fullmatch(r"[A-Za-z0-9_.:%@*-]{1,255}", bare):
         raise BadValue(f"must be an address or an interface's name, without a port, not {text!r}")
     if bare.count(":") == 1:
         raise BadValue(f"takes no port: give {bare.partition(':')[0]!r}, and the port with --port")

@@ -1,0 +1,252 @@
+"""`p2pdyn node --workers`: this process is peer 0 (the endpoint, no engine), each worker a `p2pdyn node` of its own.
+
+A worker keeps its identity in ``<data dir>/w<i>``, listens from BASE + 10 * i, joins through peer 0, and sees its own
+GPUs only.  On a stop signal the workers finish their streams first, while peer 0 still carries them, then peer 0 goes.
+What to do when is decided in :mod:`p2pdyn.core.supervise`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+
+from p2pdyn import node
+from p2pdyn.config import ENV_PREFIX, Config, ReadyInfo, StartError, WorkerConfig
+from p2pdyn.core.supervise import (
+    Action,
+    AllReady,
+    BecameReady,
+    Begin,
+    Event,
+    Exited,
+    Finished,
+    Kill,
+    Say,
+    Spawn,
+    Stop,
+    Supervision,
+    Terminate,
+    Tick,
+)
+from p2pdyn.settings import SETTINGS
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+MAX_LINE = 64 * 1024
+"""Bytes of a worker's output held until its line ends."""
+READY_LINE = re.compile(r"ready node=\S+ mesh=\S+ http=\S+ model=(?P<model>\S+) role=(?P<role>\S+)")
+
+Ready = Callable[[ReadyInfo], Awaitable[None] | None]
+
+
+async def run(config: Config, *, ready: Ready, stop: asyncio.Event) -> int:
+    """Run peer 0 and its workers until ``stop`` is set (again: at once); the exit code.
+
+    Raises ConfigError and StartError as :func:`p2pdyn.node.run` does.
+    """
+    return await Supervisor(config, ready).run(stop)
+
+
+class Supervisor:
+    """The shell: processes, pipes and signals."""
+
+    def __init__(self, config: Config, ready: Ready) -> None:
+        self.config = config
+        self.core = Supervision(len(config.workers))
+        self.processes: dict[int, asyncio.subprocess.Process] = {}
+        self.served: dict[int, tuple[str, str]] = {}
+        self._early: dict[int, signal.Signals] = {}
+        """Signals for workers that are just being started."""
+        self._tell_ready = ready
+        self._info: ReadyInfo | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._finished: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def run(self, stop: asyncio.Event) -> int:
+        stop_peer = asyncio.Event()
+        peer = asyncio.create_task(node.run(self.config.frontend(), ready=self._peer_ready, stop=stop_peer))
+        signals = asyncio.create_task(self._forward(stop))
+        try:
+            await asyncio.wait([peer, self._finished], return_when=asyncio.FIRST_COMPLETED)
+            if self._finished.done():
+                stop_peer.set()
+                return await peer or self._finished.result()
+            # Peer 0 cannot go on: neither can its workers' clients.
+            self._handle(Stop())
+            if self._info is not None:
+                await self._finished
+            return peer.result()
+        finally:
+            signals.cancel()
+            await self._kill_all()
+            peer.cancel()
+            await asyncio.gather(signals, peer, *self._tasks, return_exceptions=True)
+
+    async def _forward(self, stop: asyncio.Event) -> None:
+        while True:
+            await stop.wait()
+            stop.clear()
+            self._handle(Stop())
+
+    def _peer_ready(self, info: ReadyInfo) -> None:
+        self._info = info
+        self._handle(Begin())
+
+    def _handle(self, event: Event) -> None:
+        loop = asyncio.get_running_loop()
+        for action in self.core.handle(event, loop.time()):
+            self._carry_out(action)
+        if self._timer is not None:
+            self._timer.cancel()
+        deadline = self.core.next_deadline()
+        self._timer = None if deadline is None else loop.call_at(deadline, self._handle, Tick())
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Spawn(worker):
+                self._background(self._live(worker))
+            case Terminate(worker):
+                self._signal(worker, signal.SIGTERM)
+            case Kill(worker):
+                self._signal(worker, signal.SIGKILL)
+            case AllReady():
+                self._background(self._ready())
+            case Say(worker, text):
+                log.warning("worker %s %s", self.config.workers[worker].name, text)
+            case Finished(code):
+                if not self._finished.done():
+                    self._finished.set_result(code)
+
+    async def _ready(self) -> None:
+        assert self._info is not None
+        models = sorted({model for model, _ in self.served.values()})
+        roles = sorted({role for _, role in self.served.values()})
+        told = self._tell_ready(replace(self._info, model=",".join(models), role=",".join(roles)))
+        if told is not None:
+            await told
+
+    async def _live(self, i: int) -> None:
+        """One life of a worker, from its start to its end."""
+        assert self._info is not None
+        worker = self.config.workers[i]
+        self._early.pop(i, None)
+        command = [sys.executable, "-m", "p2pdyn", *arguments(self.config, i, self._info.mesh, os.getpid())]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env=environment(os.environ, worker),
+                start_new_session=True,  # Ctrl-C reaches peer 0 only, which drains the workers
+            )
+        except OSError as error:
+            log.error("worker %s cannot be started: %s", worker.name, error.strerror)
+            self._handle(Exited(i, 1))
+            return
+        self.processes[i] = process
+        if early := self._early.pop(i, None):
+            self._signal(i, early)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        await asyncio.gather(
+            _lines(process.stdout, lambda line: self._said(i, line)),
+            _lines(process.stderr, lambda line: _forward_line(worker.name, line)),
+        )
+        code = await process.wait()
+        self.processes.pop(i, None)
+        self._handle(Exited(i, code))
+
+    def _said(self, i: int, line: str) -> None:
+        if match := READY_LINE.fullmatch(line):
+            self.served[i] = match["model"], match["role"]
+            self._handle(BecameReady(i))
+        else:
+            _forward_line(self.config.workers[i].name, line)
+
+    def _signal(self, i: int, number: signal.Signals) -> None:
+        process = self.processes.get(i)
+        if process is None:
+            self._early[i] = number
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+
+    async def _kill_all(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+
+    def _background(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _lines(stream: asyncio.StreamReader, say: Callable[[str], None]) -> None:
+    """Call ``say`` with each line; one longer than MAX_LINE comes in pieces."""
+    rest = b""
+    while chunk := await stream.read(MAX_LINE):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > MAX_LINE:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            say(line.decode(errors="replace"))
+    if rest:
+        say(rest.decode(errors="replace"))
+
+
+def _forward_line(name: str, line: str) -> None:
+    sys.stderr.write(f"{name} | {line}\n")
+
+
+def arguments(config: Config, i: int, mesh: str, parent: int) -> list[str]:
+    """The command line of worker ``i`` (from 0), everything said: its environment holds no settings."""
+    worker = config.workers[i]
+    options: dict[str, object] = {
+        "engine": worker.engine,
+        "model": worker.model,
+        "served-model-name": worker.served_model_name,
+        "role": worker.role,
+        "listen": config.listen,
+        "port": config.ports()[i + 1],
+        "seed": mesh,
+        "cluster": config.cluster,
+        "cluster-key": config.cluster_key,
+        "data-dir": config.data_dir / f"w{i + 1}",
+        "name": worker.name,
+        "log-level": config.log_level,
+        "supervised-by": parent,
+    }
+    # --option=value: a value may start with a dash.
+    said = [f"--{option}={value}" for option, value in options.items() if value is not None]
+    switches = ["--insecure"] * config.insecure + ["--offline"] * config.offline
+    return ["node", "--no-http", "--no-mdns", *switches, *said, "--", *worker.engine_args]
+
+
+def environment(inherited: Mapping[str, str], worker: WorkerConfig) -> dict[str, str]:
+    """The inherited one without the node's own settings, and with the worker's GPUs."""
+    own = {f"{ENV_PREFIX}{key.upper()}" for key in SETTINGS}
+    env = {key: value for key, value in inherited.items() if key not in own}
+    if worker.gpus is not None:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(worker.gpus)
+    return env
+
+
+def die_with_parent(parent: int) -> None:
+    """Called by a worker as it starts: end at once, engine and all, when process ``parent`` ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        raise StartError("the supervisor ended before this worker started")
