@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a control message on our own DEALER to ``to``, opening it if need be. It may be lost; nobody waits for it."""
+    """Send a control message on our own DEALER to ``to``, opening it if need be. It may be lost."""
 
     to: Address
     message: object
@@ -21,7 +21,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Send a control message back on the connection that ``to`` (a :class:`~p2pdyn.core.events.Received` reply) names."""
+    """Send a control message back on the connection that ``to`` (``Received.reply``) names."""
 
     to: object
     message: object

@@ -16,8 +16,8 @@ class Tick:
 class Received:
     """A membership message arrived.
 
-    ``source`` is the sender's node id from the header. ``reply`` is the shell's own handle of the connection that it came
-    in on, given back in :class:`~p2pdyn.core.actions.Reply`; None when it came in on a DEALER of ours (an answer).
+    ``source`` is the sender's node id from the header. ``reply`` is the shell's own handle of the connection that it
+    came in on, given back in :class:`~p2pdyn.core.actions.Reply`; None when it came in on a DEALER of ours (an answer).
     """
 
     message: object

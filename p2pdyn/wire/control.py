@@ -1,8 +1,8 @@
 """The control link: membership. Kinds below 16 are the header and admin commands.
 
 An answer (Ack, Nack, SyncReply) goes back on the connection that the question came in on, so a prober needs one DEALER
-to its target and the target none.  Everything that is not an answer is sent on the sender's own DEALER.  Updates ride on
-probes and answers for free; ``Gossip`` carries them when there is something to say.
+to its target and the target none.  All else is sent on the sender's own DEALER.  Updates ride on probes and answers;
+``Gossip`` carries them when there is something to say.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Ack:
 @message(CONTROL, 18)
 @dataclass(frozen=True, slots=True)
 class PingReq:
-    """Ping ``target`` at ``host``:``port`` for me and tell me with an Ack; with a Nack if it does not answer in time."""
+    """Ping ``target`` at ``host``:``port`` for me and tell me: Ack, or Nack if it does not answer in time."""
 
     seq: U32
     target: IdStr

@@ -1,0 +1,82 @@
+"""How news travels: on probes and answers for free, and in rounds to a few neighbours while there is any."""
+
+from __future__ import annotations
+
+from p2pdyn.core.broadcast import Broadcasts, record_size, retransmit_limit
+from p2pdyn.core.membership_context import Context
+from p2pdyn.core.types import NodeId
+from p2pdyn.wire.control import Gossip, Record
+
+ROUND = "gossip"
+ROTATE = "rotate"
+
+
+class Spreader:
+    """The news queue and the neighbours that it is told to."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.news = Broadcasts()
+        self._neighbours: list[NodeId] = []
+        self._turn = 0
+        self._limit = (0, 1)
+
+    def tell(self, record: Record, own: bool = False) -> None:
+        """Queue news. A node's ``own`` news (of itself, of its probes) goes to all at once if they are few."""
+        context = self._context
+        self.news.put(record)
+        if own and context.roster.nodes <= context.config.small:
+            self.tell_all(record)
+        if not context.timers.armed(ROUND):
+            context.arm(0.0 if own else context.config.gossip_s, ROUND)
+
+    def tell_all(self, record: Record) -> None:
+        members = self._context.roster.members
+        for node in self._context.roster.live:
+            self._context.send(members[node].address, Gossip((record,)))
+
+    def piggyback(self, first: Record | None = None) -> tuple[Record, ...]:
+        """News for a message that is sent anyway; ``first`` goes before all else."""
+        room = self._context.config.piggyback_bytes
+        if first is None:
+            return self.news.take(room, self.limit()) if self.news else ()
+        rest = self.news.take(room - record_size(first), self.limit())
+        return (first, *(record for record in rest if record.id != first.id))
+
+    def limit(self) -> int:
+        """How often a record leaves this node."""
+        nodes = self._context.roster.nodes
+        if self._limit[0] != nodes:
+            self._limit = (nodes, retransmit_limit(self._context.config.retransmit, nodes))
+        return self._limit[1]
+
+    def round(self, _: object = None) -> None:
+        """One gossip round; the next is due while news is left."""
+        context, config = self._context, self._context.config
+        neighbours = self.neighbours()
+        if not self.news or not neighbours:
+            return
+        targets = [neighbours[(self._turn + i) % len(neighbours)] for i in range(min(config.fanout, len(neighbours)))]
+        self._turn = (self._turn + len(targets)) % len(neighbours)
+        message = Gossip(self.news.take(config.gossip_bytes, self.limit(), len(targets)))
+        for node in targets:
+            context.send(context.roster.members[node].address, message)
+        if self.news:
+            context.arm(config.gossip_s, ROUND)
+
+    def rotate(self, _: object = None) -> None:
+        """Exchange one neighbour, so that the graph keeps mixing while most links stay."""
+        if self._neighbours and len(self._neighbours) < len(self._context.roster.live):
+            self._neighbours.pop(self._context.rng.randrange(len(self._neighbours)))
+        self._context.arm(self._context.config.rotate_s, ROTATE)
+
+    def neighbours(self) -> list[NodeId]:
+        """Live members whose links stay open; all of them in a small cluster."""
+        roster, config = self._context.roster, self._context.config
+        wanted = len(roster.live) if roster.nodes <= config.small else config.neighbours
+        chosen = [node for node in self._neighbours if roster.members[node].live] if self._neighbours else []
+        if len(chosen) < wanted:
+            chosen += roster.sample(wanted - len(chosen), set(chosen))
+            self._context.rng.shuffle(chosen)
+        self._neighbours = chosen[:wanted]
+        return self._neighbours
