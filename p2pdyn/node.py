@@ -343,7 +343,7 @@ class Node:
         while self.worker is not None and self.runner is not None:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
-            still = self.worker.open > 0 and now - self.runner.last_step_s > STALL_S
+            still = self.runner.has_work and now - self.runner.last_step_s > STALL_S
             if still and self.info.state == READY:
                 self._tell(state=STALLED, detail=f"no engine step for {STALL_S:g} s with requests open")
             elif not still and self.info.state == STALLED:

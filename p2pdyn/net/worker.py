@@ -9,15 +9,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-import msgpack
-
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
 from p2pdyn.core.served import Running, Served
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
 from p2pdyn.net.sockets import Sockets
-from p2pdyn.wire.codec import WireError, decode, decode_params, encode, encode_tokens
+from p2pdyn.wire.codec import WireError, decode, decode_params, encode, encode_logprobs, encode_tokens
 from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
 from p2pdyn.wire.requests import CHUNK, Cancel, Chunk, Fetch, Generate, Heartbeat, Hello, Refused, Welcome
 from p2pdyn.wire.schema import REQUESTS
@@ -247,5 +245,5 @@ class WorkerService:
 def _delta(row: tuple[Running, int, base.Output]) -> tuple[int, int, int, tuple[int, ...], str, int, bytes]:
     """A :class:`~p2pdyn.wire.requests.Delta`, as the plain tuple that the codec packs."""
     running, offset, output = row
-    logprobs = msgpack.packb(output.logprobs) if output.logprobs else b""
+    logprobs = encode_logprobs(output.logprobs) if output.logprobs else b""
     return running.rid, running.attempt, offset, output.tokens, output.finish, output.cached, logprobs

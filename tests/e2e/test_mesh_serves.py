@@ -1,0 +1,123 @@
+"""Several real processes on loopback, CURVE on: discovery by seeds, serving, loss and arrival of workers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from support.nodes import Cluster, NodeProcess, wait_for
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    key = tmp_path / "cluster.key"
+    subprocess.run([sys.executable, "-m", "p2pdyn", "keygen", str(key)], check=True, capture_output=True)
+    with Cluster(tmp_path, key) as nodes:
+        yield nodes
+
+
+def client(frontend: NodeProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{frontend.url}/v1", api_key="none", timeout=20, max_retries=0)
+
+
+def ready_workers(frontend: NodeProcess, cluster: Cluster) -> list[dict[str, Any]]:
+    report = frontend.peers(*cluster.key_args())
+    return [peer for peer in report["peers"] if peer["state"] == "ready" and peer["role"] != "frontend"]
+
+
+def ask(frontend: NodeProcess, text: str = "Hello", **more: Any) -> Any:
+    with client(frontend) as one:
+        return one.chat.completions.create(model="sim", messages=[{"role": "user", "content": text}], **more)
+
+
+def test_two_frontends_serve_what_two_workers_generate(cluster: Cluster) -> None:
+    first = cluster.frontend("f1")
+    second = cluster.frontend("f2", seeds=[first])
+    workers = [cluster.worker(f"w{i}", seeds=[first]) for i in (1, 2)]
+    for frontend in (first, second):
+        wait_for(lambda f=frontend: len(ready_workers(f, cluster)) == 2, 10, "both workers seen by both frontends")
+        answer = ask(frontend, max_tokens=12)
+        assert answer.usage.completion_tokens == 12
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.model_extra["p2pdyn"]["workers"][0] in {worker.id for worker in workers}
+    one, two = (ask(f, "same question", max_tokens=24, temperature=0) for f in (first, second))
+    assert one.choices[0].message.content == two.choices[0].message.content
+
+
+def test_a_killed_worker_is_out_of_routing_at_once_and_its_stream_goes_on(cluster: Cluster) -> None:
+    frontend = cluster.frontend("f1")
+    slow = ("--", "--itl-ms", "20")
+    workers = {w.id: w for w in (cluster.worker(f"w{i}", *slow, seeds=[frontend]) for i in (1, 2))}
+    wait_for(lambda: len(ready_workers(frontend, cluster)) == 2, 10, "both workers")
+    undisturbed = ask(frontend, "count", max_tokens=60, temperature=0)
+    with client(frontend) as one:
+        stream = one.chat.completions.create(
+            model="sim",
+            messages=[{"role": "user", "content": "count"}],
+            max_tokens=60,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_headers={},
+        )
+        text, last = "", None
+        victim = None
+        for chunk in stream:
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            last = chunk
+            if victim is None and len(text) > 10:
+                victim = stream.response.headers["x-p2pdyn-worker"]
+                workers[victim].kill()
+                killed_at = time.monotonic()
+    assert victim is not None
+    assert text == undisturbed.choices[0].message.content
+    assert last.usage.completion_tokens == 60
+    survivor = next(w for w in workers if w != victim)
+    assert last.model_extra["p2pdyn"] == {"workers": [victim, survivor], "migrations": 1}
+    answers = [ask(frontend, f"question {i}", max_tokens=4) for i in range(8)]
+    assert {a.model_extra["p2pdyn"]["workers"][0] for a in answers} == {survivor}
+    assert time.monotonic() - killed_at < 20
+
+
+def test_a_new_worker_takes_traffic_within_a_second_of_ready(cluster: Cluster) -> None:
+    frontend = cluster.frontend("f1")
+    cluster.worker("w1", seeds=[frontend])
+    wait_for(lambda: len(ready_workers(frontend, cluster)) == 1, 10, "the first worker")
+    ask(frontend, max_tokens=2)
+    late = cluster.start("w2", "--no-http", "--router", "round-robin", "--", "--speedup", "0", seeds=[frontend])
+    late.wait_ready()
+
+    def served_by_the_new_one() -> float | None:
+        answer = ask(frontend, max_tokens=2)
+        return time.monotonic() if answer.model_extra["p2pdyn"]["workers"] == [late.id] else None
+
+    taken_at = wait_for(served_by_the_new_one, 5, "a request on the new worker", every=0.005)
+    assert taken_at - late.ready_at < 1.0
+
+
+def test_a_frontend_without_workers_says_so(cluster: Cluster) -> None:
+    frontend = cluster.frontend("f1")
+    with pytest.raises(openai.NotFoundError) as unknown:
+        ask(frontend)
+    assert unknown.value.body["code"] == "model_not_found"  # type: ignore[index]
+    worker = cluster.worker("w1", seeds=[frontend])
+    wait_for(lambda: ready_workers(frontend, cluster), 10, "the worker")
+    ask(frontend, max_tokens=2)
+    assert worker.stop() == 0
+
+    def unavailable() -> bool:
+        try:
+            ask(frontend, max_tokens=2)
+        except openai.InternalServerError as error:
+            assert error.status_code == 503
+            assert error.response.headers["retry-after"]
+            return True
+        return False
+
+    wait_for(unavailable, 5, "503 while a known model has no worker")

@@ -1,0 +1,180 @@
+"""Real `p2pdyn node` processes for tests: started, waited for by their ready line, always ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+READY = re.compile(r"ready node=(\S+) mesh=(\S+) http=(\S+) model=(\S+) role=(\S+)")
+
+
+def wait_for(condition: Callable[[], Any], timeout: float, what: str, every: float = 0.02) -> Any:
+    """Poll until ``condition`` gives something true, and return it; AssertionError names ``what`` after ``timeout``."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        time.sleep(every)
+
+
+class NodeProcess:
+    """One `p2pdyn` process. ``prefix`` runs it elsewhere (``ip netns exec NAME``)."""
+
+    def __init__(self, args: Sequence[str], *, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+        self.prefix = tuple(prefix)
+        self.lines: list[str] = []
+        self.errors: list[str] = []
+        self.ready: dict[str, str] | None = None
+        self.ready_at = 0.0
+        self.process = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "p2pdyn", *args],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**_clean_environment(), **(env or {})},
+        )
+        self._readers = [
+            threading.Thread(target=self._read_lines, daemon=True),
+            threading.Thread(target=self._read_errors, daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read_lines(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            match = READY.match(line)
+            if match:
+                self.ready_at = time.monotonic()
+                self.ready = dict(zip(("node", "mesh", "http", "model", "role"), match.groups(), strict=True))
+            self.lines.append(line.rstrip("\n"))
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.errors.append(line.rstrip("\n"))
+
+    @property
+    def stderr(self) -> str:
+        return "\n".join(self.errors)
+
+    def wait_ready(self, timeout: float = 30.0) -> NodeProcess:
+        wait_for(lambda: self.ready or self.process.poll() is not None, timeout, f"a ready line; stderr:\n{self.stderr}")
+        assert self.ready is not None, f"the node ended with {self.process.returncode}:\n{self.stderr}"
+        return self
+
+    @property
+    def id(self) -> str:
+        assert self.ready is not None
+        return self.ready["node"]
+
+    @property
+    def mesh(self) -> str:
+        assert self.ready is not None
+        return self.ready["mesh"]
+
+    @property
+    def url(self) -> str:
+        assert self.ready is not None
+        return self.ready["http"]
+
+    def peers(self, *args: str, at: str | None = None) -> dict[str, Any]:
+        """`p2pdyn peers --json` asked of this node."""
+        done = subprocess.run(
+            [*self.prefix, sys.executable, "-m", "p2pdyn", "peers", "--json", "--at", at or self.mesh, *args],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            env=_clean_environment(),
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        report: dict[str, Any] = json.loads(done.stdout)
+        return report
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL: a crash, not a leave."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self, timeout: float = 15.0) -> int:
+        """SIGTERM, then SIGKILL; the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+            try:
+                self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+        for reader in self._readers:
+            reader.join(5)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        return self.process.returncode
+
+
+class Cluster:
+    """Nodes on loopback with free ports, one data dir each; all ended on exit. ``key`` turns CURVE on."""
+
+    def __init__(self, folder: Path, key: Path | None = None) -> None:
+        self.folder = folder
+        self.key = key
+        self.nodes: list[NodeProcess] = []
+
+    def start(self, name: str, *args: str, engine: str = "sim", seeds: Sequence[NodeProcess] = ()) -> NodeProcess:
+        """Start a node without waiting for it. ``args`` may end with ``--`` and engine arguments."""
+        split = list(args).index("--") if "--" in args else len(args)
+        command = ["node", "--name", name, "--engine", engine, "--port", "0", "--data-dir", str(self.folder / name)]
+        command += ["--cluster-key", str(self.key), "--listen", "127.0.0.1"] if self.key else []
+        for seed in seeds:
+            command += ["--seed", seed.mesh]
+        node = NodeProcess([*command, *args[:split], *args[split:]])
+        self.nodes.append(node)
+        return node
+
+    def frontend(self, name: str, *args: str, seeds: Sequence[NodeProcess] = ()) -> NodeProcess:
+        """A ready frontend without an engine on a free HTTP port."""
+        return self.start(name, "--http", "127.0.0.1:0", *args, engine="none", seeds=seeds).wait_ready()
+
+    def worker(self, name: str, *args: str, seeds: Sequence[NodeProcess] = ()) -> NodeProcess:
+        """A ready `sim` worker without HTTP."""
+        return self.start(name, "--no-http", *(args or ("--", "--speedup", "0")), seeds=seeds).wait_ready()
+
+    def key_args(self) -> tuple[str, ...]:
+        return ("--cluster-key", str(self.key)) if self.key else ()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        for node in self.nodes:
+            if node.process.poll() is None:
+                node.process.send_signal(signal.SIGCONT)
+                node.process.terminate()
+        for node in self.nodes:
+            node.stop()
+        if kind is not None:
+            for node in self.nodes:
+                print(f"--- {' '.join(node.process.args[-12:])}\n{node.stderr}", file=sys.stderr)  # type: ignore[index]
+
+
+def _clean_environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("P2PDYN_")}
