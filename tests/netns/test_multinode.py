@@ -1,0 +1,199 @@
+"""Three hosts, run from the very files of examples/multinode; only the engine is the simulated one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from netns.lab import Host, Lab, Node
+from support.nodes import wait_for
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "multinode"
+SIM = {"P2PDYN_ENGINE": "sim", "P2PDYN_ENGINE_ARGS": "--speedup 0"}
+JOIN_S = 10.0
+MERGE_S = 35.0
+DEAD_S = 15.0
+
+
+def install(example: str, *hosts: Host) -> None:
+    """What the README says: one key, and the folder with it copied to every host."""
+    first, *others = hosts
+    shutil.copytree(EXAMPLES / example, first.folder / example)
+    first.key = first.folder / example / "cluster.key"
+    first.p2pdyn("keygen", str(first.key))
+    for host in others:
+        shutil.copytree(first.folder / example, host.folder / example)
+        host.key = host.folder / example / "cluster.key"
+
+
+def frontend(host: Host, example: str) -> Node:
+    return host.node("--config", f"{host.folder}/{example}/frontend.toml")
+
+
+def worker(host: Host, example: str) -> Node:
+    return host.node("--config", f"{host.folder}/{example}/worker.toml", env=SIM)
+
+
+def three_hosts(lab: Lab) -> tuple[Host, Host, Host]:
+    switch = lab.switch("10.20.1")
+    return lab.host("a", switch, 1), lab.host("b", switch, 2), lab.host("c", switch, 3)
+
+
+def all_see_all(*nodes: Node) -> bool:
+    names = {node.host.name for node in nodes}
+    return all(node.sees(*(names - {node.host.name})) for node in nodes)
+
+
+ASK = """
+import sys, urllib.error, urllib.request
+request = urllib.request.Request("http://127.0.0.1:8000/v1/completions", sys.argv[1].encode(),
+                                 {"content-type": "application/json"})
+try:
+    print(urllib.request.urlopen(request, timeout=10).read().decode())
+except urllib.error.HTTPError as error:
+    print(error.read().decode())
+"""
+
+
+def complete(host: Host, tokens: int = 4) -> dict[str, object]:
+    """One completion (or the error object), asked of the frontend on its own host."""
+    body = json.dumps({"model": "sim", "prompt": "Hello", "max_tokens": tokens})
+    return dict(json.loads(host.run(sys.executable, "-c", ASK, body)))
+
+
+def test_three_hosts_joined_by_mdns_alone(lab: Lab) -> None:
+    a, b, c = hosts = three_hosts(lab)
+    install("mdns", *hosts)
+    nodes = [frontend(a, "mdns"), worker(b, "mdns"), worker(c, "mdns")]
+    for node in nodes:
+        node.wait_ready()
+    wait_for(lambda: all_see_all(*nodes), JOIN_S, "three hosts see each other")
+    assert complete(a)["choices"]
+    report = nodes[0].report()
+    assert {p["address"] for p in report["peers"]} == {f"{h.address}:7400" for h in hosts}
+
+
+def test_a_new_worker_takes_traffic_within_2_5_seconds_of_ready_with_mdns(lab: Lab) -> None:
+    a, b, _ = hosts = three_hosts(lab)
+    install("mdns", *hosts)
+    frontend(a, "mdns").wait_ready()
+    late = worker(b, "mdns").wait_ready()
+    ready = time.monotonic()
+    wait_for(lambda: "choices" in complete(a), 5, "the new worker answers")
+    assert time.monotonic() - ready < 2.5, late.stderr
+
+
+def test_three_hosts_on_two_subnets_joined_by_seeds_alone(lab: Lab) -> None:
+    left, right = lab.switch("10.20.1"), lab.switch("10.20.2")
+    a, b, c = hosts = (lab.host("a", left, 1), lab.host("b", left, 2), lab.host("c", right, 1))
+    lab.router(left, right)
+    for host in (a, b):
+        lab.route(host, right, "10.20.1.254")
+    lab.route(c, left, "10.20.2.254")
+    install("seeds", *hosts)
+    nodes = [frontend(a, "seeds"), worker(b, "seeds"), worker(c, "seeds")]
+    for node in nodes:
+        node.wait_ready()
+    wait_for(lambda: all_see_all(*nodes), JOIN_S, "three hosts see each other")
+    assert complete(a)["choices"]
+    assert not any("mDNS" in node.stderr for node in nodes)
+
+
+def test_a_peer_with_the_wrong_key_and_one_without_are_kept_out(lab: Lab) -> None:
+    a, b, c = hosts = three_hosts(lab)
+    install("mdns", *hosts)
+    member = worker(a, "mdns").wait_ready()
+    other = b.folder / "other.key"
+    b.p2pdyn("keygen", str(other))
+    flags = ("--engine", "none", "--no-http", "--cluster", "lab", "--seed", f"{a.address}:7400")
+    wrong = b.node(*flags, "--cluster-key", str(other)).wait_ready()
+    keyless = c.node(*flags, "--insecure").wait_ready()
+    for refused in (wrong, keyless):
+        wait_for(lambda node=refused: a.address in node.stderr, JOIN_S, f"{refused.host.name} names {a.address}")  # type: ignore[misc]
+        line = next(line for line in refused.stderr.splitlines() if a.address in line and "key" in line)
+        assert "--cluster-key" in line or "cluster key" in line
+    wait_for(lambda: refusals(member) >= 2, JOIN_S, lambda: f"two refusals counted: {member.report()}")
+    assert member.states() == {}
+    assert {p["id"] for p in member.report()["peers"]} == {member.id}
+
+
+def refusals(node: Node) -> int:
+    counters = node.report().get("counters", {})
+    return sum(count for name, count in counters.items() if "refus" in name)
+
+
+def test_with_mdns_a_peer_with_another_key_and_the_cluster_name_each_other(lab: Lab) -> None:
+    a, b, c = hosts = three_hosts(lab)
+    install("mdns", *hosts)
+    b.key = b.folder / "mdns" / "cluster.key"
+    b.key.unlink()
+    b.p2pdyn("keygen", str(b.key))
+    first, second = worker(a, "mdns").wait_ready(), worker(b, "mdns").wait_ready()
+    third = c.node("--config", f"{c.folder}/mdns/worker.toml", env={**SIM, "P2PDYN_INSECURE": "1"}).wait_ready()
+    wait_for(lambda: all(f"{h.address}:7400" in first.stderr for h in (b, c)), JOIN_S, "the member names both")
+    for refused in (second, third):
+        wait_for(lambda node=refused: f"{a.address}:7400" in node.stderr, JOIN_S, "the refused names the member")  # type: ignore[misc]
+        assert "--cluster-key" in refused.stderr
+    assert first.states() == {}
+
+
+def test_a_partition_heals(lab: Lab) -> None:
+    a, b, c = hosts = three_hosts(lab)
+    install("mdns", *hosts)
+    nodes = one, two, three = [frontend(a, "mdns"), worker(b, "mdns"), worker(c, "mdns")]
+    for node in nodes:
+        node.wait_ready()
+    wait_for(lambda: all_see_all(*nodes), JOIN_S, "three hosts see each other")
+    c.drop(a.address, b.address)
+    wait_for(lambda: one.states()["c"] == two.states()["c"] == "dead", DEAD_S, lambda: f"c is dead: {one.states()}")
+    wait_for(lambda: three.states() == {"a": "dead", "b": "dead"}, DEAD_S, lambda: f"c's view: {three.states()}")
+    assert two.states()["a"] == "ready"
+    assert complete(a)["choices"]
+    c.heal()
+    wait_for(lambda: all_see_all(*nodes), MERGE_S, lambda: f"the views agree: {[n.states() for n in nodes]}")
+
+
+def test_kill_and_rejoin_under_the_same_id(lab: Lab) -> None:
+    a, b, c = hosts = three_hosts(lab)
+    install("mdns", *hosts)
+    one, two, three = frontend(a, "mdns"), worker(b, "mdns"), worker(c, "mdns")
+    for node in (one, two, three):
+        node.wait_ready()
+    wait_for(lambda: all_see_all(one, two, three), JOIN_S, "three hosts see each other")
+    old = next(p for p in one.report()["peers"] if p["id"] == two.id)
+    two.kill()
+    again = worker(b, "mdns").wait_ready()
+    assert again.id == two.id
+    wait_for(lambda: all_see_all(one, again, three), JOIN_S, lambda: f"b is back: {one.states()}")
+    new = [p for p in one.report()["peers"] if p["name"] == "b"]
+    assert len(new) == 1
+    assert new[0]["epoch"] > old["epoch"]
+    assert complete(a)["choices"]
+
+
+def test_of_two_peers_with_one_id_the_newcomer_goes(lab: Lab) -> None:
+    a, b, c = hosts = three_hosts(lab)
+    install("mdns", *hosts)
+    one, two = frontend(a, "mdns").wait_ready(), worker(b, "mdns").wait_ready()
+    wait_for(lambda: all_see_all(one, two), JOIN_S, "two hosts see each other")
+    copy = c.folder / "data"
+    shutil.copytree(b.folder / "data", copy)
+    newcomer = c.node("--config", f"{c.folder}/mdns/worker.toml", env=SIM, data=copy)
+    assert newcomer.process.wait(JOIN_S) == 1
+    newcomer.stop()
+    assert "--data-dir" in newcomer.stderr
+    assert b.address in newcomer.stderr
+    assert c.address in newcomer.stderr
+    wait_for(lambda: one.states() == {"b": "ready"}, JOIN_S, lambda: f"the older holder keeps the id: {one.states()}")
+    assert two.process.poll() is None
+    wait_for(lambda: alarm(two), JOIN_S, lambda: f"the older holder shows the alarm: {two.report()}")
+
+
+def alarm(node: Node) -> bool:
+    report = node.report()
+    return "id" in json.dumps(report.get("alarms", "")) or "id" in next(
+        p["detail"] for p in report["peers"] if p["id"] == report["self"]
+    )
