@@ -1,0 +1,42 @@
+"""The bytes of the simulated engine's KV cache; whose they are, :class:`p2pdyn.engines.paged.PagedBlocks` knows."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+
+from xxhash import xxh3_128_digest
+
+UNIT = 16
+"""Bytes: a block's stride is a multiple of it."""
+
+
+class KvPool:
+    """``blocks`` blocks of ``stride`` bytes each, page-aligned and in one piece, as a transfer library wants them."""
+
+    def __init__(self, blocks: int, stride: int) -> None:
+        self.stride = stride
+        self.data = memoryview(mmap.mmap(-1, blocks * stride))
+        self.content: Callable[[bytes], bytes] = xxh3_128_digest if stride == UNIT else self._wide
+        """What to write into a block: ``stride`` bytes, each of which depends on all of the argument."""
+
+    def view(self, block: int) -> memoryview:
+        """The block's bytes, to read and to write."""
+        start = block * self.stride
+        return self.data[start : start + self.stride]
+
+    def _wide(self, digest_of: bytes) -> bytes:
+        return b"".join([xxh3_128_digest(digest_of, seed) for seed in range(self.stride // UNIT)])
+
+    def spans(self, blocks: Sequence[int]) -> list[memoryview]:
+        """All bytes of ``blocks``, in order: one view for each run of neighbours, so that reading is cheap."""
+        stride, data = self.stride, self.data
+        views: list[memoryview] = []
+        start = end = blocks[0]
+        for block in blocks:
+            if block != end:
+                views.append(data[start * stride : end * stride])
+                start = block
+            end = block + 1
+        views.append(data[start * stride : end * stride])
+        return views
