@@ -1,4 +1,4 @@
-"""Hashes of KV blocks, by which frontends guess which worker holds which prefix. docs/design/kv-hash.md has test vectors.
+"""Hashes of KV blocks, by which frontends guess which worker holds which prefix (docs/design/kv-hash.md).
 
 A block is ``block_size`` token ids, as little-endian u32.  Its hash is ``h_i = xxh3_64(block, 1337)``; the hash of the
 sequence that ends with it is ``s_0 = h_0``, ``s_i = xxh3_64(LE64(s_{i-1}) + LE64(h_i), 1337)``, so one sequence hash

@@ -1,0 +1,162 @@
+"""Bookkeeping of a paged KV cache: reference counts, prefix reuse, LRU eviction, events. No bytes, no clock.
+
+Engine-neutral: whoever owns the bytes of the blocks asks here which block to use.  A block that is full and known by
+its key (a digest of all tokens up to its end) may serve any sequence with that prefix.  Rules:
+
+1. A block with references is never reused or evicted; one without is idle (it has a key) or free (it has none).
+2. One key, one block: who fills a second copy gets the first one instead (:meth:`PagedBlocks.register`).
+3. Sequences let go of their last block first, so of a chain the end is evicted first; with rule 2 the keyed blocks are
+   closed under prefixes: where a block is cached, so are all before it.
+4. Every change of the set of keyed blocks is one entry in the event log, in order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+from p2pdyn.engines.base import BlocksRemoved, BlocksStored, KvEvent
+
+KEY_BYTES = 16
+
+
+class PagedBlocks:
+    """``blocks`` blocks, named 0 to ``blocks - 1``."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self._free = list(range(blocks - 1, -1, -1))
+        self._refs = [0] * blocks
+        self._keys: list[bytes | None] = [None] * blocks
+        self._by_key: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._log: list[KvEvent] = []
+        self._removed: list[int] = []
+
+    @property
+    def available(self) -> int:
+        """Blocks that :meth:`allocate` can still give."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """Blocks that sequences hold."""
+        return self.blocks - self.available
+
+    def report(self) -> dict[int, int]:
+        """Hash, as in the events, to block, of everything that a new sequence could reuse."""
+        return {hash_of(key): block for key, block in self._by_key.items()}
+
+    def reuse(self, keys: Sequence[bytes], total: int) -> tuple[list[int], int] | None:
+        """Blocks for a sequence of ``total`` blocks: its longest cached prefix by ``keys``, then fresh ones, and how
+        many are cached; None, and nothing is taken, if there are too few."""
+        found = self.cached(keys)
+        idle = self._idle
+        if len(idle) + len(self._free) - sum(block in idle for block in found) < total - len(found):
+            return None
+        for block in found:
+            self._acquire(block)
+        return found + [self.allocate() for _ in range(total - len(found))], len(found)
+
+    def cached(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix."""
+        found: list[int] = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def allocate(self) -> int:
+        """A block of unspecified content; evicts the least recently used idle one if none is free.
+
+        Raises KeyError unless :attr:`available` is positive.
+        """
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            key = self._keys[block]
+            assert key is not None
+            self._keys[block] = None
+            del self._by_key[key]
+            self._removed.append(hash_of(key))
+        self._refs[block] = 1
+        return block
+
+    def register(self, block: int, key: bytes) -> tuple[int, bool]:
+        """Make a full block reusable under ``key``: (the block to use from now on, whether the key is new)."""
+        first = self._by_key.get(key)
+        if first is None:
+            self._by_key[key] = block
+            self._keys[block] = key
+            return block, True
+        self._acquire(first)
+        self.release((block,))
+        return first, False
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop one reference each, in this order: pass a sequence's blocks from its end."""
+        refs, keys = self._refs, self._keys
+        for block in blocks:
+            refs[block] -= 1
+            if refs[block] == 0:
+                if keys[block] is None:
+                    self._free.append(block)
+                else:
+                    self._idle[block] = None
+
+    def _acquire(self, block: int) -> None:
+        if self._refs[block] == 0:
+            del self._idle[block]
+        self._refs[block] += 1
+
+    def stored(self, event: BlocksStored) -> None:
+        """Log newly registered blocks."""
+        self._flush_removed()
+        self._log.append(event)
+
+    def take_events(self) -> list[KvEvent]:
+        """What has changed since the last call, in order."""
+        self._flush_removed()
+        log, self._log = self._log, []
+        return log
+
+    def _flush_removed(self) -> None:
+        if self._removed:
+            self._log.append(BlocksRemoved(tuple(self._removed)))
+            self._removed.clear()
+
+    def check(self, held: Iterable[Sequence[int]]) -> None:
+        """Raise AssertionError if a rule is broken; ``held`` are the block lists of all sequences."""
+        refs = [0] * self.blocks
+        for blocks in held:
+            for block in blocks:
+                refs[block] += 1
+        assert refs == self._refs, "reference counts differ from what is held"
+        idle, free = set(self._idle), set(self._free)
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not idle & free, "a block is both idle and free"
+        assert {block for block, count in enumerate(refs) if not count} == idle | free, "a block is lost"
+        assert all(self._keys[block] is not None for block in idle), "an idle block has no key"
+        assert all(self._keys[block] is None for block in free), "a free block has a key"
+        assert self._by_key == {key: block for block, key in enumerate(self._keys) if key is not None}
+
+
+def hash_of(key: bytes) -> int:
+    """The number by which events and reports name a block."""
+    return int.from_bytes(key[:8], "little")
+
+
+def root_key(salt: str, lora: str) -> bytes:
+    """What the chain of a sequence's keys starts from: sequences that differ in it share nothing."""
+    name = salt.encode()
+    return blake2b(len(name).to_bytes(4, "little") + name + lora.encode(), digest_size=KEY_BYTES).digest()
+
+
+def next_key(parent: bytes, block: bytes) -> bytes:
+    """The key of the block that holds these token ids (as bytes) behind ``parent``: BLAKE2b-128, since with a weaker
+    hash a tenant could look for a collision and have one prompt served with another's KV."""
+    return blake2b(parent + block, digest_size=KEY_BYTES).digest()
