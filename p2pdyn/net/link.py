@@ -1,0 +1,140 @@
+"""One ZeroMQ socket on the event loop, driven from its file descriptor.
+
+The descriptor is edge-triggered, and any call on the socket may consume the edge: it says only "look at ZMQ_EVENTS".
+So whenever something was received or sent, ZMQ_EVENTS is read once more, one turn of the loop later; that one rule
+covers a drain that stopped at its bound, a send out of the receive callback and a message that came in between.  There
+is no coroutine and no future a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from p2pdyn.core.types import Address
+
+BATCH = 128
+"""Messages in one turn of the loop: at 50 us each this holds everything else up for 6 ms."""
+
+MAX_FRAMES = 8
+"""Frames of a message that anybody here has a use for; a longer one is dropped as it is read."""
+
+Receive = Callable[[list[bytes]], None]
+
+
+# Plain integers: pyzmq's enum flags cost a microsecond for each `|` and `&`.
+DONTWAIT, MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
+EVENTS, RCVMORE, POLLIN = int(zmq.EVENTS), int(zmq.RCVMORE), int(zmq.POLLIN)
+_GONE = (int(zmq.EAGAIN), int(zmq.EHOSTUNREACH))
+
+
+class Pump:
+    """Calls ``drain`` in the loop whenever ``socket`` may have input. ``drain`` is bounded and need not be complete."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], drain: Callable[[], None]) -> None:
+        self._loop = loop
+        self._socket = socket
+        self._drain = drain
+        self._woken = False
+        self._fd: int | None = int(socket.getsockopt(zmq.FD))
+        loop.add_reader(self._fd, self._run)
+        self.wake()
+
+    def wake(self) -> None:
+        """Look at ZMQ_EVENTS in the next turn of the loop: call after each use of the socket."""
+        if not self._woken and self._fd is not None:
+            self._woken = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._woken = False
+        if self._fd is None or not int(self._socket.getsockopt(EVENTS)) & POLLIN:
+            return
+        try:
+            self._drain()
+        finally:  # a callback that raises must not leave the rest unread
+            self.wake()
+
+    def close(self) -> None:
+        if self._fd is not None:
+            self._loop.remove_reader(self._fd)
+            self._fd = None
+
+
+class Link:
+    """A bound or connected socket. Made by :class:`p2pdyn.net.sockets.Sockets` only."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        socket: zmq.Socket[bytes],
+        addresses: tuple[Address, ...],
+        receive: Receive,
+        batch_done: Callable[[], None] | None,
+        on_close: Callable[[Link], None],
+    ) -> None:
+        self.addresses = addresses
+        """Bound, with their real ports; or the one connected to."""
+        self.unsent = 0
+        """Messages that :meth:`send` gave back."""
+        self._socket = socket
+        self._receive = receive
+        self._batch_done = batch_done
+        self._on_close = on_close
+        self._closed = False
+        self._pump = Pump(loop, socket, self._drain)
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        """Send one message now, or not at all: False when no connection is up, its queue is full (the high-water mark),
+        or, on a ROUTER, the connection that the first frame names is gone. Never blocks, never raises for these."""
+        if self._closed:
+            return False
+        try:
+            for frame in frames[:-1]:
+                self._socket.send(frame, MORE)
+            self._socket.send(frames[-1], DONTWAIT)
+            sent = True
+        except zmq.ZMQError as error:  # only ever at the first frame: the others follow where it went
+            if error.errno not in _GONE:
+                raise
+            self.unsent += 1
+            sent = False
+        self._pump.wake()
+        return sent
+
+    def close(self) -> None:
+        """Drop everything queued and the connections. Idempotent; may be called from any callback."""
+        if not self._closed:
+            self._closed = True
+            self._on_close(self)
+            self._pump.close()
+            self._socket.close(linger=0)
+
+    def _drain(self) -> None:
+        try:
+            for _ in range(BATCH):
+                frames = receive_now(self._socket)
+                if frames is None:
+                    break
+                if len(frames) <= MAX_FRAMES:
+                    self._receive(frames)
+                if self._closed:
+                    return
+        finally:
+            if self._batch_done is not None and not self._closed:
+                self._batch_done()
+
+
+def receive_now(socket: zmq.Socket[bytes]) -> list[bytes] | None:
+    """The next message's frames, None if there is none. At most MAX_FRAMES + 1: the rest is read and dropped."""
+    try:
+        frames = [socket.recv(DONTWAIT)]
+    except zmq.Again:
+        return None
+    while socket.getsockopt(RCVMORE):
+        frame = socket.recv(DONTWAIT)
+        if len(frames) <= MAX_FRAMES:
+            frames.append(frame)
+    return frames

@@ -1,0 +1,223 @@
+"""The one place where ZeroMQ sockets are made, and what is set on each.
+
+docs/design/wire.md says which trap each option closes.  All addresses are IP literals or ``localhost``: libzmq would
+resolve a name in its I/O thread, and hold up every connection while it waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from p2pdyn.core.types import Address
+from p2pdyn.net.complaints import Complaints
+from p2pdyn.net.curve import Security
+from p2pdyn.net.link import Link, Receive
+from p2pdyn.net.monitor import CONNECT_S, HANDSHAKE_S, Dialer, Doorman
+from p2pdyn.net.zap import DOMAIN, ZapHandler
+
+HIGH_WATER = 2000
+"""Messages queued a connection and direction. A frontend that reads nothing for 20 s of engine steps is past help."""
+EVENT_HIGH_WATER = 20_000
+"""KV events come in bursts, and a lost one costs a snapshot."""
+MAX_SOCKETS = 16_384
+"""libzmq's default of 1023 is reached by a frontend with 256 workers."""
+PING_MS, PING_TIMEOUT_MS, PING_TTL_MS = 2000, 4000, 8000
+"""ZMTP heartbeats only clear away half-open connections; liveness is decided by the messages on top."""
+BACKLOG = 512
+
+
+class Sockets:
+    """Owns the ZeroMQ context and the ZAP handler. Make it, and use it, inside the running loop, in one thread."""
+
+    def __init__(self, security: Security) -> None:
+        self.security = security
+        self.complaints = Complaints()
+        """Refused peers and failed handshakes: ``counts`` by kind (refused-key, bad-handshake, refused-by)."""
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
+        self._links: dict[Link, Callable[[], None]] = {}
+        self._zap = ZapHandler(self._loop, self._context, security.keys, self.complaints) if security.keys else None
+
+    def router(
+        self,
+        addresses: Sequence[Address],
+        receive: Receive,
+        *,
+        max_size: int,
+        batch_done: Callable[[], None] | None = None,
+    ) -> Link:
+        """Bind a ROUTER; the first frame of each message is the connection's routing id, never one used before.
+
+        Ports 0 pick one free port for all addresses.  Raises OSError, or PermissionError for an address that only a
+        cluster with a key may bind, with a sentence for the user.
+        """
+        socket = self._socket(zmq.ROUTER, max_size, HIGH_WATER)
+        socket.router_mandatory = True
+        return self._bound(socket, addresses, receive, batch_done)
+
+    def dealer(
+        self,
+        address: Address,
+        receive: Receive,
+        *,
+        max_size: int,
+        batch_done: Callable[[], None] | None = None,
+        on_up: Callable[[], None] | None = None,
+        on_down: Callable[[str], None] | None = None,
+    ) -> Link:
+        """Connect a DEALER. ``send`` gives False until ``on_up``, and what is queued when the connection breaks is
+        dropped. ``on_down`` tells, in a sentence, that it broke, or once that it cannot be made; the link goes on
+        trying until it is closed. Raises ValueError for an address that is no IP literal."""
+        socket = self._socket(zmq.DEALER, max_size, HIGH_WATER)
+        return self._connected(socket, address, receive, batch_done, on_up, on_down)
+
+    def xpub(
+        self, addresses: Sequence[Address], *, max_size: int, on_subscribe: Callable[[bytes, bool], None] | None = None
+    ) -> Link:
+        """Bind an XPUB. ``on_subscribe(topic, True)`` at a topic's first subscriber, ``(topic, False)`` after its last.
+        A slow subscriber loses messages without notice, so every message carries a sequence number."""
+
+        def receive(frames: list[bytes]) -> None:
+            if on_subscribe is not None and frames[0][:1] in (b"\0", b"\1"):
+                on_subscribe(frames[0][1:], frames[0][0] == 1)
+
+        return self._bound(self._socket(zmq.XPUB, max_size, EVENT_HIGH_WATER), addresses, receive, None)
+
+    def sub(
+        self,
+        address: Address,
+        receive: Receive,
+        topics: Sequence[bytes],
+        *,
+        max_size: int,
+        batch_done: Callable[[], None] | None = None,
+        on_up: Callable[[], None] | None = None,
+        on_down: Callable[[str], None] | None = None,
+    ) -> Link:
+        """Connect a SUB to an XPUB. Subscriptions are renewed with each connection."""
+        socket = self._socket(zmq.SUB, max_size, EVENT_HIGH_WATER)
+        for topic in topics:
+            socket.subscribe(topic)
+        return self._connected(socket, address, receive, batch_done, on_up, on_down)
+
+    def close(self) -> None:
+        """Close every link, then the context. Idempotent."""
+        for link in list(self._links):
+            link.close()
+        if self._zap is not None:
+            self._zap.close()
+            self._zap = None
+        self._context.term()  # at once: nothing lingers
+
+    def _socket(self, kind: int, max_size: int, high_water: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.sndhwm = socket.rcvhwm = high_water
+        socket.maxmsgsize = max_size
+        socket.handshake_ivl = int(HANDSHAKE_S * 1000)
+        socket.heartbeat_ivl = PING_MS
+        socket.heartbeat_timeout = PING_TIMEOUT_MS
+        socket.heartbeat_ttl = PING_TTL_MS
+        return socket
+
+    def _bound(
+        self,
+        socket: zmq.Socket[bytes],
+        addresses: Sequence[Address],
+        receive: Receive,
+        batch_done: Callable[[], None] | None,
+    ) -> Link:
+        if self.security.keys:
+            key = self.security.keys[0]
+            socket.curve_server = True
+            socket.curve_publickey = key.public
+            socket.curve_secretkey = key.secret
+            socket.zap_domain = DOMAIN
+            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        socket.backlog = BACKLOG
+        doorman = Doorman(self._loop, socket, self.complaints)
+        try:
+            bound = self._bind(socket, [_literal(address) for address in addresses])
+        except BaseException:
+            doorman.close()
+            socket.close(linger=0)
+            raise
+        return self._link(socket, bound, receive, batch_done, doorman.close)
+
+    def _bind(self, socket: zmq.Socket[bytes], addresses: Sequence[Address]) -> tuple[Address, ...]:
+        bound: list[Address] = []
+        for address in addresses:
+            self.security.check_bind(address)
+            port = address.port or (bound[0].port if bound else 0)
+            wanted = Address(address.host, port)
+            socket.ipv6 = ":" in address.host
+            try:
+                socket.bind(wanted.endpoint)
+            except zmq.ZMQError as error:
+                raise OSError(error.errno, _why_not_bound(wanted, error)) from None
+            last = socket.getsockopt(zmq.LAST_ENDPOINT)
+            assert isinstance(last, bytes)
+            bound.append(Address(address.host, int(last.rstrip(b"\0").rpartition(b":")[2])))
+        return tuple(bound)
+
+    def _connected(
+        self,
+        socket: zmq.Socket[bytes],
+        address: Address,
+        receive: Receive,
+        batch_done: Callable[[], None] | None,
+        on_up: Callable[[], None] | None,
+        on_down: Callable[[str], None] | None,
+    ) -> Link:
+        try:
+            target = _literal(address)
+        except ValueError:
+            socket.close(linger=0)
+            raise
+        socket.ipv6 = ":" in target.host
+        socket.immediate = True
+        socket.connect_timeout = int(CONNECT_S * 1000)
+        socket.reconnect_ivl = 100
+        socket.reconnect_ivl_max = 2000
+        dialer = Dialer(self._loop, socket, target, self.security.keys, self.complaints, on_up, on_down)
+        return self._link(socket, (address,), receive, batch_done, dialer.close)
+
+    def _link(
+        self,
+        socket: zmq.Socket[bytes],
+        addresses: tuple[Address, ...],
+        receive: Receive,
+        batch_done: Callable[[], None] | None,
+        before_close: Callable[[], None],
+    ) -> Link:
+        link = Link(self._loop, socket, addresses, receive, batch_done, self._forget)
+        self._links[link] = before_close
+        return link
+
+    def _forget(self, link: Link) -> None:
+        self._links.pop(link)()
+
+
+def _literal(address: Address) -> Address:
+    """The address with an IP literal as host. Raises ValueError with a sentence for any other name."""
+    if address.host == "localhost":
+        return Address("127.0.0.1", address.port)
+    try:
+        ipaddress.ip_address(address.host)
+    except ValueError:
+        raise ValueError(f"{address} is not an IP address: resolve the name first") from None
+    return address
+
+
+def _why_not_bound(address: Address, error: zmq.ZMQError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"{address} is in use already: stop what listens there, or choose another --port"
+    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+        return f"{address} is not an address of this host: choose another --listen"
+    return f"cannot listen on {address}: {error.strerror}"
