@@ -8,24 +8,31 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import queue
+import multiprocessing
 import statistics
 import struct
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import uvloop
 
+from p2pdyn.core.types import Address
+from p2pdyn.net.curve import Security, write_key_file
+from p2pdyn.net.sockets import Sockets
 from p2pdyn.wire.codec import decode, encode
 from p2pdyn.wire.requests import Delta, Generate, Tokens
 from p2pdyn.wire.schema import REQUESTS
 
 PROMPT = struct.pack("<512I", *range(1000, 1512))
+STEP = encode(Tokens(7, tuple(Delta(rid, 0, 5, (1234,)) for rid in range(32))))
+WINDOW = 256
+"""Messages that the receiver lets be under way: it asks for as many again when half of them have come."""
 
 
 def rate(call: Callable[[], object], seconds: float) -> float:
@@ -53,9 +60,9 @@ def codec(seconds: float) -> None:
             raise SystemExit(f"{name}: decoding does not give back what was encoded")
         plain = _plain(message)
         packed = msgpack.packb(plain)
-        pack, unpack = rate(lambda m=message: encode(m), seconds), rate(lambda d=data: decode(REQUESTS, d), seconds)
-        bare_pack = rate(lambda p=plain: msgpack.packb(p), seconds)
-        bare_unpack = rate(lambda p=packed: msgpack.unpackb(p, use_list=False), seconds)
+        pack, unpack = rate(partial(encode, message), seconds), rate(partial(decode, REQUESTS, data), seconds)
+        bare_pack = rate(partial(msgpack.packb, plain), seconds)
+        bare_unpack = rate(partial(msgpack.unpackb, packed, use_list=False), seconds)
         _print(
             {
                 "bench": "codec",
@@ -75,52 +82,47 @@ def _plain(message: object) -> list[Any]:
 
 
 def link(seconds: float, *, curve: bool) -> None:
-    """Messages a second from a ROUTER in one thread to a DEALER in another, each on its own loop, through Sockets."""
-    from p2pdyn.net.curve import Security, write_key_file
-
-    if curve:
-        with tempfile.TemporaryDirectory() as folder:
-            key = Path(folder) / "cluster.key"
+    """Messages a second from a ROUTER in one process to a DEALER in another, each on its own loop, through Sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        key = Path(folder) / "cluster.key" if curve else None
+        if key:
             write_key_file(key)
-            security = Security.load(key)
-    else:
-        security = Security.insecure()
-    bound: queue.SimpleQueue[tuple[Any, Callable[[], None]]] = queue.SimpleQueue()
-    server = threading.Thread(target=lambda: uvloop.run(_serve(security, bound)), daemon=True)
-    server.start()
-    address, stop = bound.get(timeout=10)
-    try:
-        count, spent = uvloop.run(_receive(security, address, seconds))
-    finally:
-        stop()
-        server.join(10)
-    _print({"bench": "link", "curve": curve, "message_bytes": len(PROMPT), "messages_s": round(count / spent)})
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        server = context.Process(target=serve, args=(key, theirs), daemon=True)
+        server.start()
+        if not ours.poll(20):
+            raise SystemExit("the ROUTER did not bind within 20 s")
+        try:
+            count, spent = uvloop.run(_receive(_security(key), ours.recv(), seconds))
+        finally:
+            server.terminate()
+            server.join(10)
+    _print({"bench": "link", "curve": curve, "message_bytes": len(STEP), "messages_s": round(count / spent)})
 
 
-WINDOW = 256
-"""Messages that the receiver lets be under way: it asks for as many again when half of them have come."""
+def _security(key: Path | None) -> Security:
+    return Security.load(key) if key else Security.insecure()
 
 
-async def _serve(security: Any, bound: queue.SimpleQueue[tuple[Any, Callable[[], None]]]) -> None:
-    from p2pdyn.core.types import Address
-    from p2pdyn.net.sockets import Sockets
+def serve(key: Path | None, bound: Connection) -> None:
+    """The child: a ROUTER that answers each message with half a window of steps, until the process is ended."""
 
-    sockets = Sockets(security)
+    async def run() -> None:
+        sockets = Sockets(_security(key))
 
-    def receive(frames: list[bytes]) -> None:
-        for _ in range(WINDOW // 2):
-            router.send([frames[0], PROMPT])
+        def receive(frames: list[bytes]) -> None:
+            for _ in range(WINDOW // 2):
+                router.send([frames[0], STEP])
 
-    router = sockets.router([Address("127.0.0.1", 0)], receive, max_size=1 << 20)
-    over, loop = asyncio.Event(), asyncio.get_running_loop()
-    bound.put((router.addresses[0], lambda: loop.call_soon_threadsafe(over.set)))
-    await over.wait()
-    sockets.close()
+        router = sockets.router([Address("127.0.0.1", 0)], receive, max_size=1 << 20)
+        bound.send(router.addresses[0])
+        await asyncio.Event().wait()
+
+    uvloop.run(run())
 
 
-async def _receive(security: Any, address: Any, seconds: float) -> tuple[int, float]:
-    from p2pdyn.net.sockets import Sockets
-
+async def _receive(security: Security, address: Address, seconds: float) -> tuple[int, float]:
     sockets = Sockets(security)
     count = 0
     up = asyncio.Event()
