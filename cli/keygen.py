@@ -19,10 +19,13 @@ def command(file: Path) -> None:
     """
     from p2pdyn.net.curve import write_key_file
 
+    if file.exists():
+        raise Failure(f"{file} exists: give a new name, or remove it if no node uses it", USAGE)
     try:
-        write_key_file(file)
-    except FileExistsError:
-        raise Failure(f"{file} exists: give a new name, or remove it if no node uses it", USAGE) from None
-    except OSError as why:
-        raise Failure(f"cannot write {file} ({why.strerror}): give a path in a folder you may write") from None
-    click.echo(f"wrote {file}: copy it to every host over a safe channel, and start nodes with --cluster-key {file}")
+        fingerprint = write_key_file(file)
+    except ValueError as error:
+        raise Failure(str(error)) from None
+    click.echo(
+        f"wrote {file} (fingerprint {fingerprint}): copy it to every host over a safe channel, and start each node"
+    )
+    click.echo(f"with --cluster-key {file}")

@@ -328,3 +328,10 @@ def _check(config: Config, given: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"--http {config.http} is one of the mesh ports from {config.port} on: give another --http or --port"
             )
+
+
+def child_environment(inherited: Mapping[str, str], gpus: Sequence[str] | None = None) -> dict[str, str]:
+    """For a node that this process starts with all its settings on the command line: no settings, only these GPUs."""
+    own = {ENV_PREFIX + key.upper() for key in SETTINGS}
+    env = {key: value for key, value in inherited.items() if key not in own}
+    return env if gpus is None else env | {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}

@@ -75,11 +75,10 @@ def _choice(choices: Sequence[str]) -> Parser:
 
 def _whole(low: int, high: int) -> Parser:
     def parse(value: object, _: Path | None) -> int:
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
+        if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= high:
             raise BadValue(f"must be a whole number from {low} to {high}, not {value!r}")
-        return value
+        return number
 
     return parse
 
@@ -94,8 +93,9 @@ def _switch(value: object, _: Path | None) -> bool:
 
 
 def _address(value: object, _: Path | None) -> Address:
+    text = _text(value)
     try:
-        return Address.parse(_text(value))
+        return Address.parse(text)
     except ValueError as why:
         raise BadValue(f"is wrong: {why}") from None
 
@@ -104,8 +104,9 @@ def _seeds(value: object, _: Path | None) -> tuple[str, ...]:
     """A list, or text with commas; a seed without a port has the default one."""
     seeds = []
     for item in re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else _list(value):
+        text = _text(item)
         try:
-            address = Address.parse(_text(item), DEFAULT_PORT)
+            address = Address.parse(text, DEFAULT_PORT)
         except ValueError as why:
             raise BadValue(f"is wrong: {why}") from None
         if not address.port:

@@ -15,11 +15,11 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from p2pdyn import node
-from p2pdyn.config import ENV_PREFIX, Config, ReadyInfo, StartError, WorkerConfig
+from p2pdyn.config import Config, ReadyInfo, StartError, child_environment
 from p2pdyn.core.supervise import (
     Action,
     AllReady,
@@ -36,7 +36,6 @@ from p2pdyn.core.supervise import (
     Terminate,
     Tick,
 )
-from p2pdyn.settings import SETTINGS
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ class Supervisor:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env=environment(os.environ, worker),
+                env=child_environment(os.environ, worker.gpus),
                 start_new_session=True,  # Ctrl-C reaches peer 0 only, which drains the workers
             )
         except OSError as error:
@@ -234,15 +233,6 @@ def arguments(config: Config, i: int, mesh: str, parent: int) -> list[str]:
     said = [f"--{option}={value}" for option, value in options.items() if value is not None]
     switches = ["--insecure"] * config.insecure + ["--offline"] * config.offline
     return ["node", "--no-http", "--no-mdns", *switches, *said, "--", *worker.engine_args]
-
-
-def environment(inherited: Mapping[str, str], worker: WorkerConfig) -> dict[str, str]:
-    """The inherited one without the node's own settings, and with the worker's GPUs."""
-    own = {f"{ENV_PREFIX}{key.upper()}" for key in SETTINGS}
-    env = {key: value for key, value in inherited.items() if key not in own}
-    if worker.gpus is not None:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(worker.gpus)
-    return env
 
 
 def die_with_parent(parent: int) -> None:
