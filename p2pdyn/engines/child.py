@@ -48,6 +48,7 @@ class ChildRunner:
     def __init__(
         self,
         name: str,
+        module: str,
         options: EngineOptions,
         on_step: Callable[[Step], None],
         on_death: Callable[[str], None],
@@ -58,6 +59,7 @@ class ChildRunner:
         self.steps = 0
         self.last_step_s = 0.0
         self._name = name
+        self._module = module
         self._options = options
         self._open: set[int] = set()
         self._work: list[Any] = []
@@ -102,11 +104,13 @@ class ChildRunner:
         except BaseException:
             ours.close()
             raise
-        self._link.write(frame(pack_options(self._name, self._options, os.getpid())))
+        self._link.write(frame(pack_options(self._name, self._module, self._options, os.getpid())))
 
     # ---- work
 
     def submit(self, sequences: list[Sequence]) -> None:
+        if self._over:
+            return
         if not self._open:
             self.last_step_s = self._loop.time()
         for sequence in sequences:

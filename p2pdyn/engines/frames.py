@@ -92,10 +92,11 @@ class FrameBuffer:
 # ---- to the child
 
 
-def pack_options(engine: str, options: EngineOptions, parent: int) -> list[Any]:
+def pack_options(name: str, module: str, options: EngineOptions, parent: int) -> list[Any]:
     """The first frame: which engine, from what, and the peer's process id."""
     return [
-        engine,
+        name,
+        module,
         parent,
         options.model,
         options.served_name,

@@ -73,10 +73,10 @@ def main() -> int:
     sock.setblocking(True)
     inbox = Inbox(sock)
     try:
-        (name, parent, model, served_name, args, offline, data_dir), *work = inbox.take(None)
+        (name, module, parent, model, served_name, args, offline, data_dir), *work = inbox.take(None)
         die_with(parent)
         options = EngineOptions(model, served_name, tuple(args), offline, Path(data_dir))
-        return run(name, options, sock, inbox, work)
+        return run(name, module, options, sock, inbox, work)
     except (PeerGone, BrokenPipeError, ConnectionResetError):
         return 0
 
@@ -97,7 +97,7 @@ def die_with(parent: int) -> None:
         raise PeerGone
 
 
-def run(name: str, options: EngineOptions, sock: socket.socket, inbox: Inbox, work: list[Any]) -> int:
+def run(name: str, module: str, options: EngineOptions, sock: socket.socket, inbox: Inbox, work: list[Any]) -> int:
     """Load, then serve until the peer goes; an exception of the engine is told to the peer."""
     engine: Engine | None = None
 
@@ -105,7 +105,7 @@ def run(name: str, options: EngineOptions, sock: socket.socket, inbox: Inbox, wo
         sock.sendall(frame([PROGRESS, fraction, what]))
 
     try:
-        engine = registry.create(name, options)
+        engine = registry.create(module, options)
         info = engine.load(progress)
         sock.sendall(frame(pack_info(info)))
         serve(engine, sock, inbox, work)

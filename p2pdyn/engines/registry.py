@@ -41,7 +41,7 @@ def find(name: str) -> EngineKind:
     return kind
 
 
-def create(name: str, options: EngineOptions) -> Engine:
-    """Import the engine's module and make the engine; nothing is loaded yet."""
-    engine: Engine = import_module(find(name).module).create(options)
+def create(module: str, options: EngineOptions) -> Engine:
+    """Import an engine's module and make the engine; nothing is loaded yet."""
+    engine: Engine = import_module(module).create(options)
     return engine

@@ -40,7 +40,7 @@ class Runner(Protocol):
         """Load. No deadline; cancelling it leaves nothing behind. Raises EngineError with a sentence."""
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Queue sequences; keys must never be used twice."""
+        """Queue sequences; keys must never be used twice. Ignored once the engine has ended."""
 
     def abort(self, keys: list[int]) -> None:
         """Stop sequences: no output for these keys follows. Unknown keys are ignored."""
@@ -62,21 +62,23 @@ def make_runner(
 ) -> Runner:
     """The runner for the engine called ``engine``. Raises EngineError for an unknown one."""
     options = EngineOptions(model, served_name, tuple(args), offline, data_dir)
-    if registry.find(engine).child:
-        return ChildRunner(engine, options, on_step, on_death)
-    return InProcessRunner(engine, options, on_step, on_death)
+    kind = registry.find(engine)
+    if kind.child:
+        return ChildRunner(engine, kind.module, options, on_step, on_death)
+    return InProcessRunner(engine, kind.module, options, on_step, on_death)
 
 
 class InProcessRunner:
     """Steps an engine on the peer's own loop: one step a turn, so that sockets are served between any two."""
 
-    def __init__(self, name: str, options: EngineOptions, on_step: OnStep, on_death: OnDeath) -> None:
+    def __init__(self, name: str, module: str, options: EngineOptions, on_step: OnStep, on_death: OnDeath) -> None:
         self.on_step = on_step
         self.on_death = on_death
         self.load = Load()
         self.steps = 0
         self.last_step_s = 0.0
         self._name = name
+        self._module = module
         self._options = options
         self._engine: Engine | None = None
         self._open: set[int] = set()
@@ -94,7 +96,7 @@ class InProcessRunner:
 
     async def start(self, progress: Progress) -> EngineInfo:
         loop = asyncio.get_running_loop()
-        engine = registry.create(self._name, self._options)
+        engine = registry.create(self._module, self._options)
 
         def report(fraction: float, what: str) -> None:
             loop.call_soon_threadsafe(progress, fraction, what)
@@ -109,7 +111,7 @@ class InProcessRunner:
     def submit(self, sequences: list[Sequence]) -> None:
         engine = self._engine
         if engine is None:
-            raise RuntimeError("submit to an engine that is not running")
+            return
         now = time.monotonic()
         if not self._open:
             self.last_step_s = self._loop.time()

@@ -24,8 +24,8 @@ _RANGES: dict[str, tuple[float, float]] = {
 @dataclass(frozen=True, slots=True)
 class SimArgs:
     """``prefill_tps`` in tokens/s, ``itl_ms`` the time of a decode step; both are divided by ``speedup`` (0: no
-    waiting).  ``context`` is in tokens, as is ``max_batch_tokens``, the most that one step computes.  ``seed`` stands
-    for the model's weights: workers must share it."""
+    waiting).  ``context`` is in tokens, as is ``max_batch_tokens``, the most that one step computes.  ``seed`` and
+    ``kv_bytes_per_block`` stand for the model's weights: the workers of one model must share them."""
 
     prefill_tps: float = 20000.0
     itl_ms: float = 10.0
