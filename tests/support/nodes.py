@@ -18,14 +18,14 @@ from typing import Any
 READY = re.compile(r"ready node=(\S+) mesh=(\S+) http=(\S+) model=(\S+) role=(\S+)")
 
 
-def wait_for(condition: Callable[[], Any], timeout: float, what: str, every: float = 0.02) -> Any:
+def wait_for(condition: Callable[[], Any], timeout: float, what: str | Callable[[], str], every: float = 0.02) -> Any:
     """Poll until ``condition`` gives something true, and return it; AssertionError names ``what`` after ``timeout``."""
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what() if callable(what) else what}"
         time.sleep(every)
 
 
@@ -72,7 +72,9 @@ class NodeProcess:
         return "\n".join(self.errors)
 
     def wait_ready(self, timeout: float = 30.0) -> NodeProcess:
-        wait_for(lambda: self.ready or self.process.poll() is not None, timeout, f"a ready line; stderr:\n{self.stderr}")
+        wait_for(
+            lambda: self.ready or self.process.poll() is not None, timeout, f"a ready line; stderr:\n{self.stderr}"
+        )
         assert self.ready is not None, f"the node ended with {self.process.returncode}:\n{self.stderr}"
         return self
 

@@ -1,0 +1,219 @@
+"""The doctor: its judgements as tables, its checks against real sockets, the command as users run it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from p2pdyn.core.types import Address
+from p2pdyn.doctor import Plan, check_key, check_ports, check_seeds, connect, examine, judge_skew, reach
+from p2pdyn.doctor_host import (
+    FAIL,
+    OK,
+    WARN,
+    Finding,
+    check_gpus,
+    check_multicast,
+    check_port,
+    judge_clock,
+    judge_files,
+    judge_interfaces,
+    judge_packages,
+    judge_port,
+    judge_shm,
+    port_owner,
+)
+from p2pdyn.net.curve import write_key_file
+from p2pdyn.net.interfaces import Interface, Nic, pick, rank
+
+
+@pytest.fixture
+def listener() -> Iterator[Address]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield Address(*server.getsockname())
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_interfaces_with_rank_reason_and_choice() -> None:
+    nics = [Nic("eth0", 1, addresses=("10.0.0.1/24",)), Nic("eth1", 2, addresses=("10.1.0.1/24",)), Nic("docker0", 3)]
+    findings = judge_interfaces(rank(nics), ["eth0"])
+    assert [f.level for f in findings] == [OK, OK, OK]
+    assert "eth0 10.0.0.1: chosen (physical" in findings[0].message
+    assert "eth1 10.1.0.1: rank 1" in findings[1].message
+    assert "docker0: not used" in findings[2].message
+
+
+def test_no_usable_interface_fails() -> None:
+    assert [f.level for f in judge_interfaces([], [])] == [FAIL]
+
+
+@pytest.mark.parametrize(
+    ("finding", "level", "words"),
+    [
+        (judge_clock(0.0, True), FAIL, "1970"),
+        (judge_clock(1_800_000_000.0, False), WARN, "not synchronised"),
+        (judge_clock(1_800_000_000.0, None), OK, "unknown"),
+        (judge_clock(1_800_000_000.0, True), OK, "synchronised"),
+        (judge_files(1024, 1024), WARN, "1024"),
+        (judge_files(1024, 1 << 20), WARN, "1024"),
+        (judge_files(-1, -1), OK, "unlimited"),
+        (judge_files(65536, 65536), OK, "65536"),
+        (judge_shm(64 * 2**20), WARN, "64 MiB"),
+        (judge_shm(None), WARN, "no /dev/shm"),
+        (judge_shm(8 * 2**30), OK, "8.0 GiB"),
+        (judge_port("port 1", errno.EADDRINUSE, (7, "/usr/bin/nginx -g"), "--port"), FAIL, "process 7 (/usr/bin/nginx"),
+        (judge_port("port 1", errno.EADDRINUSE, None, "--port"), FAIL, "another process"),
+        (judge_port("port 1", errno.EADDRINUSE, (7, "python -m p2pdyn node"), "--port"), OK, "running p2pdyn"),
+        (judge_port("port 1", errno.EADDRNOTAVAIL, None, "--port"), FAIL, "no such address"),
+        (judge_port("port 1", errno.EACCES, None, "--port"), FAIL, "privileges"),
+    ],
+)
+def test_judgements(finding: Finding, level: str, words: str) -> None:
+    assert finding.level == level
+    assert words in finding.message
+    assert bool(finding.mend) == (level != OK)
+
+
+def test_clock_skew_names_the_peers_that_are_off() -> None:
+    peers: list[dict[str, object]] = [
+        {"name": "a", "clock_s": 0.0},
+        {"name": "b", "clock_s": -7.5},
+        {"name": "c", "clock_s": None},
+    ]
+    (off,) = judge_skew(peers)
+    assert (off.level, "b -7.5 s" in off.message, "a" in off.message.split(": ")[1]) == (WARN, True, False)
+    assert judge_skew(peers[:1])[0].level == OK
+
+
+def test_engines_that_are_not_installed_are_no_failure_but_a_broken_install_is() -> None:
+    by_name = {f.message.split()[0].rstrip(":"): f for f in judge_packages({"numpy": "2", "gguf": "1", "vllm": "0.26"})}
+    assert by_name["vllm"].message == "vllm: vllm 0.26"
+    assert by_name["sglang"].level == OK
+    assert "pip install" in by_name["sglang"].mend
+    assert judge_packages({"numpy": "2"})[0].level == FAIL
+
+
+def test_a_free_port_and_a_taken_one_with_its_owner(listener: Address) -> None:
+    assert check_port("127.0.0.1", closed_port(), "control", "--port").level == OK
+    owner = port_owner(listener.port)
+    assert owner is not None
+    assert owner[0] == os.getpid()
+    taken = check_ports("127.0.0.1", Plan(port=0, http=listener))
+    assert len(taken) == 1
+    assert str(listener.port) in taken[0].message
+    assert str(os.getpid()) in taken[0].message
+
+
+def test_an_address_of_another_host() -> None:
+    assert check_port("192.0.2.99", closed_port(), "control", "--port").level == FAIL
+
+
+def test_multicast_on_loopback_hears_itself() -> None:
+    (loopback,) = pick("127.0.0.1").interfaces
+    assert asyncio.run(check_multicast(loopback)).level == OK
+
+
+def test_multicast_on_an_interface_that_is_gone_is_a_warning_with_the_mend() -> None:
+    gone = Interface("gone0", 4242, "physical", ("192.0.2.77",), ("192.0.2.0/24",), 0, "")
+    finding = asyncio.run(check_multicast(gone))
+    assert finding.level == WARN
+    assert "--seed" in finding.mend
+
+
+def test_a_driver_that_hangs_or_fails_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML'; exit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (finding,) = check_gpus()
+    assert (finding.level, "NVML" in finding.message) == (FAIL, True)
+    monkeypatch.setattr("p2pdyn.doctor_host.NVIDIA_SMI_S", 0.1)
+    tool.write_text("#!/bin/sh\nexec sleep 5\n")
+    assert "does not answer" in check_gpus()[0].message
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771 MiB, 580.1'\n")
+    monkeypatch.setattr("p2pdyn.doctor_host.NVIDIA_SMI_S", 5)
+    assert check_gpus() == [Finding("gpu", OK, "GPU 0: NVIDIA H200, 143771 MiB, 580.1")]
+
+
+def test_the_key_file(tmp_path: Path) -> None:
+    key = tmp_path / "k"
+    assert check_key(Plan())[0].level == WARN
+    assert check_key(Plan(cluster_key=key))[0].level == FAIL
+    fingerprint = write_key_file(key)
+    finding, security = check_key(Plan(cluster_key=key))
+    assert (finding.level, fingerprint in finding.message, security.fingerprint) == (OK, True, fingerprint)
+    key.chmod(0o644)
+    assert "chmod 600" in check_key(Plan(cluster_key=key))[0].message
+
+
+def test_seeds_that_listen_and_that_do_not(listener: Address) -> None:
+    dead = Address("127.0.0.1", closed_port())
+    findings = asyncio.run(check_seeds(Plan(seeds=(str(listener), str(dead), "no-such-host.invalid:1"))))
+    assert [f.level for f in findings] == [OK, WARN, FAIL]
+    assert "refused" in findings[1].message
+    assert "does not resolve" in findings[2].message
+
+
+def test_reach(listener: Address) -> None:
+    async def scenario() -> None:
+        assert await reach({"address": str(listener)}) == {"ok": True, "error": ""}
+        refused = await reach({"address": f"127.0.0.1:{closed_port()}"})
+        assert (refused["ok"], "refused" in str(refused["error"])) == (False, True)
+        assert not (await reach({}))["ok"]
+        assert not (await reach({"address": "no port"}))["ok"]
+        assert "no such" not in await connect(listener)
+
+    asyncio.run(scenario())
+
+
+def test_a_listener_that_is_no_peer_fails_with_the_mend(listener: Address, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pdyn.doctor.ASK_S", 0.5)
+    findings = asyncio.run(examine(Plan(listen="127.0.0.1", port=0, at=listener, at_given=True)))
+    (cluster,) = [f for f in findings if f.check == "cluster"]
+    assert cluster.level == FAIL
+    assert "--cluster-key" in cluster.mend
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("P2PDYN_")}
+    command = [sys.executable, "-m", "p2pdyn", "doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
+
+
+def test_the_command_as_json() -> None:
+    base = str(closed_port())
+    done = doctor("--json", "--listen", "lo", "--port", base, "--http", "127.0.0.1:0")
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, done.stdout
+    assert report["ok"] is True
+    assert {"interfaces", "ports", "key", "clock", "files", "shm", "machine", "engines", "cluster"} <= {
+        f["check"] for f in report["findings"]
+    }
+    assert all(set(f) == {"check", "level", "message", "mend"} for f in report["findings"])
+
+
+def test_the_command_exits_1_when_something_fails(listener: Address) -> None:
+    done = doctor("--listen", "lo", "--http", str(listener))
+    assert done.returncode == 1
+    assert "FAIL  ports" in done.stdout
+    assert f"port {listener.port}" in done.stdout
+    assert "-> stop it" in done.stdout
+
+
+def test_bad_usage_is_exit_code_2() -> None:
+    done = doctor("--port", "x")
+    assert done.returncode == 2
+    assert "--port" in done.stderr
