@@ -229,7 +229,7 @@ class Node:
     async def _until_ended(self, loading: Awaitable[EngineInfo]) -> EngineInfo:
         """Loading has no deadline, but ends with the node."""
         task = asyncio.ensure_future(loading)
-        await asyncio.wait([task, self.ended], return_when=asyncio.FIRST_COMPLETED)
+        await _first(task, self.ended)
         if not task.done():
             task.cancel()
             raise StartError(self.ended.result())
@@ -250,7 +250,7 @@ class Node:
     async def serve(self, stop: asyncio.Event) -> int:
         """Until asked to stop or unable to go on."""
         asked = asyncio.ensure_future(stop.wait())
-        await asyncio.wait([asked, self.ended], return_when=asyncio.FIRST_COMPLETED)
+        await _first(asked, self.ended)
         if self.ended.done():
             asked.cancel()
             await self._leave()
@@ -348,6 +348,10 @@ class Node:
                 self._tell(state=STALLED, detail=f"no engine step for {STALL_S:g} s with requests open")
             elif not still and self.info.state == STALLED:
                 self._tell(state=READY, detail="")
+
+
+async def _first(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def fingerprint(info: EngineInfo, card_digest: str) -> str:

@@ -212,8 +212,11 @@ class Dispatcher:
         self._reroute(self._loop.time())
 
     def _link_down(self, link: WorkerLink, reason: str) -> None:
-        log.warning("worker %s is suspect: %s", link.worker, reason)
-        self._suspect(link.worker)
+        if link.proven:
+            log.warning("worker %s is suspect: %s", link.worker, reason)
+            self._suspect(link.worker)
+        else:
+            log.debug("worker %s cannot be reached: %s", link.worker, reason)
         self._drop(link.worker, reason)
 
     def _drop(self, worker: NodeId, reason: str) -> None:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from p2pdyn.constants import EVENT_MAX, HELLO_S, REQUEST_MAX, STREAM_SILENCE_S
 from p2pdyn.core.types import Address, Load, NodeId
-from p2pdyn.net.sockets import Link, Sockets
+from p2pdyn.net.link import Link
+from p2pdyn.net.sockets import Sockets
 from p2pdyn.wire.codec import WireError, decode, encode
 from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
 from p2pdyn.wire.requests import Chunk, Fetch, Heartbeat, Hello, Refused, Tokens, Welcome
@@ -49,7 +50,9 @@ class WorkerLink:
         self.worker = worker
         self.epoch = epoch
         self.up = False
-        self.heard = self.opened = self._loop.time()
+        self.proven = False
+        """Has been up: what is said of it now is news."""
+        self.heard = self.opened = self._idle_at = self._loop.time()
         self._greeted = 0.0
         self._hello = encode(hello)
         self._closed = False
@@ -85,8 +88,11 @@ class WorkerLink:
         """Each 0.25 s: greet, and notice silence. ``busy``: requests of ours are open there."""
         if now - self._greeted >= HELLO_S:
             self._greet()
-        limit = STREAM_SILENCE_S if busy and self.up else IDLE_SILENCE_S
-        if now - self.heard > limit:
+        if not busy:
+            self._idle_at = now
+        # An idle worker answers each second only: its silence before the first request says nothing.
+        limit, since = (STREAM_SILENCE_S, self._idle_at) if busy and self.up else (IDLE_SILENCE_S, self.opened)
+        if now - max(self.heard, since) > limit:
             self._down(f"nothing heard for {limit:g} s")
 
     async def fetch(self, what: str, key: str) -> bytes:
@@ -157,7 +163,7 @@ class WorkerLink:
             self._down(f"worker {message.worker} of epoch {message.epoch} answers at its address")
             return
         if not self.up:
-            self.up = True
+            self.up = self.proven = True
             self._on_up(self)
 
     def _receive_event(self, frames: list[bytes]) -> None:
