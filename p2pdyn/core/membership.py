@@ -12,7 +12,7 @@ The rules:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from p2pdyn.core.actions import Action
@@ -22,7 +22,7 @@ from p2pdyn.core.isolation import Isolation
 from p2pdyn.core.membership_claims import CLAIM, CLAIM_RETRY
 from p2pdyn.core.membership_config import MembershipConfig
 from p2pdyn.core.membership_context import Context
-from p2pdyn.core.membership_gossip import ROTATE, ROUND, Spreader
+from p2pdyn.core.membership_gossip import ROUND, Spreader
 from p2pdyn.core.membership_merge import SUSPECTED, Merger
 from p2pdyn.core.membership_probe import FAIL, INDIRECT, PROBE, RELAY, REPROBE, RETRY, Prober
 from p2pdyn.core.membership_roster import ALIVE, Member
@@ -56,7 +56,6 @@ class Membership:
             CLAIM: self._merger.claims.expired,
             CLAIM_RETRY: self._merger.claims.retry,
             ROUND: self._spreader.round,
-            ROTATE: self._spreader.rotate,
             SYNC: self._syncer.periodic,
             HEAL: self._syncer.heal,
             JOIN: self._syncer.join,
@@ -107,7 +106,6 @@ class Membership:
             context.now, context.running = now, now
             self._prober.start()
             self._syncer.start()
-            context.arm(context.config.rotate_s, ROTATE)
         at = context.timers.next()
         late = now - self._paused - at if at is not None else 0.0
         if late > context.config.pause_s:
@@ -172,10 +170,16 @@ class Membership:
     def _leave(self) -> None:
         """Say so, several times over if the cluster is large, and stop asking others."""
         context, local = self._context, self.local
-        for kind in (PROBE, SYNC, HEAL, ROTATE):
+        for kind in (PROBE, SYNC, HEAL):
             context.timers.cancel(kind)
         self._merger.leaving = True
         self._merger.declare(Version(local.version.epoch, local.version.incarnation + 1), local.info, LEFT)
+
+    def preload(self, members: Iterable[Member]) -> None:
+        """Start with a known view instead of joining; before the first event."""
+        for member in members:
+            if member.id != self.local.id:
+                self._context.roster.put(member)
 
     def check(self) -> None:
         """Raise AssertionError if an invariant of the state is broken; for tests."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from p2pdyn.core.broadcast import Broadcasts, record_size, retransmit_limit
 from p2pdyn.core.membership_context import Context
 from p2pdyn.core.types import NodeId
 from p2pdyn.wire.control import Gossip, Record
 
 ROUND = "gossip"
-ROTATE = "rotate"
 
 
 class Spreader:
@@ -17,7 +18,7 @@ class Spreader:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.news = Broadcasts()
-        self._neighbours: list[NodeId] = []
+        self._recent: deque[NodeId] = deque(maxlen=context.config.neighbours)
         self._turn = 0
         self._limit = (0, 1)
 
@@ -64,19 +65,19 @@ class Spreader:
         if self.news:
             context.arm(config.gossip_s, ROUND)
 
-    def rotate(self, _: object = None) -> None:
-        """Exchange one neighbour, so that the graph keeps mixing while most links stay."""
-        if self._neighbours and len(self._neighbours) < len(self._context.roster.live):
-            self._neighbours.pop(self._context.rng.randrange(len(self._neighbours)))
-        self._context.arm(self._context.config.rotate_s, ROTATE)
+    def answered(self, node: NodeId) -> None:
+        """A probe of ours was answered directly: the link is open."""
+        if node in self._recent:
+            self._recent.remove(node)
+        self._recent.append(node)
 
     def neighbours(self) -> list[NodeId]:
-        """Live members whose links stay open; all of them in a small cluster."""
+        """Everybody in a small cluster; else those who answered our last probes, which the probe order chose at random.
+        Their links are open, so neither gossip nor an indirect probe waits for a handshake."""
         roster, config = self._context.roster, self._context.config
-        wanted = len(roster.live) if roster.nodes <= config.small else config.neighbours
-        chosen = [node for node in self._neighbours if roster.members[node].live] if self._neighbours else []
-        if len(chosen) < wanted:
-            chosen += roster.sample(wanted - len(chosen), set(chosen))
-            self._context.rng.shuffle(chosen)
-        self._neighbours = chosen[:wanted]
-        return self._neighbours
+        if roster.nodes <= config.small:
+            return roster.live
+        chosen = [node for node in self._recent if node in roster.members and roster.members[node].live]
+        if len(chosen) < config.neighbours:
+            chosen += roster.sample(config.neighbours - len(chosen), set(chosen))
+        return chosen

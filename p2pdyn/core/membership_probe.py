@@ -37,7 +37,7 @@ class _Relay:
     seq: int
     target: NodeId
     address: Address
-    tries: int = 0
+    nacked: bool = False
 
 
 class Prober:
@@ -107,7 +107,7 @@ class Prober:
             context.arm(context.awareness.scale(config.indirect_s - config.retry_s), INDIRECT, subject)
 
     def indirect(self, subject: object) -> None:
-        """Once more, and through others: peers with open links first, which the neighbours are."""
+        """Once more, and through others, to whom our links are open."""
         context, config = self._context, self._context.config
         if (found := self._open(subject)) is None:
             return
@@ -120,7 +120,8 @@ class Prober:
         for node in relays:
             request = PingReq(subject, member.id, member.address.host, member.address.port, ())
             context.send(context.roster.members[node].address, request)
-        context.arm(context.awareness.scale(config.fail_s - config.indirect_s), FAIL, subject)
+        left = config.fail_after(context.roster.nodes) - config.indirect_s
+        context.arm(context.awareness.scale(left), FAIL, subject)
 
     def fail(self, subject: object) -> None:
         """Nobody reached it. Relays that do not even say Nack speak for trouble on our side."""
@@ -148,6 +149,7 @@ class Prober:
             self._on_relayed(ack)
             return None
         self._close(ack.seq)
+        self._spreader.answered(probe.target)
         member = self._context.roster.members[probe.target]
         self._context.awareness.add(-1)
         self.note_heard(probe.target)
@@ -181,24 +183,24 @@ class Prober:
         seq = self._context.number()
         relay = _Relay(to, request.seq, NodeId(request.target), Address(request.host, request.port))
         self._relays[seq] = relay
-        self._relay_ping(seq, relay)
+        self._relay_ping(seq, relay, self._context.config.nack_s)
 
-    def _relay_ping(self, seq: int, relay: _Relay) -> None:
+    def _relay_ping(self, seq: int, relay: _Relay, patience_s: float) -> None:
         self._context.send(relay.address, Ping(seq, relay.target, ()))
-        self._context.arm(self._context.config.nack_s, RELAY, seq)
+        self._context.arm(patience_s, RELAY, seq)
 
     def relay_over(self, subject: object) -> None:
-        """No answer yet: say so, try once more, then forget it."""
+        """No answer yet: say so and try once more, as long as the asker may wait."""
         relay = self._relays.get(subject)  # type: ignore[call-overload]
         if relay is None:
             return
         assert isinstance(subject, int)
-        relay.tries += 1
-        if relay.tries == 1:
-            self._context.actions.append(Reply(relay.to, Nack(relay.seq)))
-            self._relay_ping(subject, relay)
-        else:
+        if relay.nacked:
             del self._relays[subject]
+            return
+        relay.nacked = True
+        self._context.actions.append(Reply(relay.to, Nack(relay.seq)))
+        self._relay_ping(subject, relay, self._context.config.fail_large_s)
 
     def _on_relayed(self, ack: Ack) -> None:
         relay = self._relays.pop(ack.seq, None)

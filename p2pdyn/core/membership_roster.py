@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -133,9 +133,9 @@ class Roster:
 
     def seen(self, node: str, now: float) -> None:
         """The member itself was heard."""
-        member = self.members.get(NodeId(node))
-        if member is not None and member.live:
-            self.members[member.id] = replace(member, last_seen=now)
+        m = self.members.get(NodeId(node))
+        if m is not None and m.live:
+            self.members[m.id] = Member(m.id, m.version, m.address, m.state, m.info, m.since, now)
 
     def sample(self, count: int, exclude: Container[NodeId]) -> list[NodeId]:
         """Up to ``count`` different live others, at random."""

@@ -35,11 +35,11 @@ class Syncer:
         self._open: dict[int, tuple[Address, int]] = {}
         """Sync number -> (to whom, pages so far)."""
         self._heal_queue: list[Address] = []
+        self._sync_s = context.config.sync_first_s
 
     def start(self) -> None:
-        for kind, period in ((SYNC, self._context.config.sync_s), (HEAL, self._context.config.heal_s)):
-            if not self._context.timers.armed(kind):
-                self._context.arm(self._context.rng.random() * period, kind)
+        self._context.arm(self._sync_s, SYNC)
+        self._context.arm(self._context.rng.random() * self._context.config.heal_s, HEAL)
 
     def introduce(self, address: Address) -> None:
         """Sync with whoever listens there, soon again if nobody answers, then in turn with the dead, for ever."""
@@ -76,7 +76,8 @@ class Syncer:
         if neighbours:
             self.ask(context.roster.members[context.rng.choice(neighbours)].address)
         self._merger.forget_the_left()
-        context.arm(context.config.sync_s * (0.5 + context.rng.random()), SYNC)
+        self._sync_s = min(self._sync_s * 2, context.config.sync_s)
+        context.arm(self._sync_s * (0.5 + context.rng.random()), SYNC)
 
     def heal(self, _: object = None) -> None:
         """One address that should perhaps be a live member."""
