@@ -145,7 +145,7 @@ async def _ask_cluster(sockets: Sockets, plan: Plan, own_hosts: Sequence[str]) -
 
     try:
         report = await admin_call(sockets, plan.at, "peers", {}, ASK_S)
-    except (TimeoutError, ConnectionError) as error:
+    except (TimeoutError, ConnectionError, RuntimeError) as error:
         why = f" ({error})" if str(error) else ""
         mend = "give the cluster's key with --cluster-key FILE" + (
             ", or another port with --at" if plan.at_given else ""
@@ -200,7 +200,7 @@ async def _both_ways(sockets: Sockets, peer: Address, callback: Address) -> Find
         return Finding("reach", FAIL, f"{peer} cannot be reached from here: {why}", mend)
     try:
         answer = await admin_call(sockets, peer, "reach", {"address": str(callback)}, ASK_S)
-    except (TimeoutError, ConnectionError) as error:
+    except (TimeoutError, ConnectionError, RuntimeError) as error:
         mend = "see that peer's log; it may have another cluster key"
         return Finding("reach", WARN, f"{peer} accepts connections but does not answer ({error})", mend)
     if not answer.get("ok"):

@@ -94,6 +94,10 @@ class Host:
     def run(self, *command: str, check: bool = True) -> str:
         return run(*self.prefix, *command, check=check)
 
+    def p2pdyn(self, *arguments: str) -> str:
+        """Run the p2pdyn command on this host to its end and return its stdout."""
+        return self.run(sys.executable, "-m", "p2pdyn", *arguments)
+
     def spawn(self, *command: str) -> subprocess.Popen[str]:
         """Any program on this host, with its stdout on a pipe."""
         process = subprocess.Popen(
