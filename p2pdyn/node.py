@@ -40,7 +40,7 @@ from p2pdyn.net.mesh import Mesh, Peer
 from p2pdyn.net.seeds import Seeds
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker import WorkerService
-from p2pdyn.report import cluster_report
+from p2pdyn.report import cluster_report, mesh_metrics
 from p2pdyn.text.card import ModelCard
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class Node:
         )
         self.stack.callback(self.mesh.close)
         self.mesh.on_admin("peers", lambda args: self.report())
+        self.mesh.on_admin("reach", _reach)
         if config.http is not None:
             await self._start_http(sockets)
         self.mesh.start()
@@ -161,6 +162,7 @@ class Node:
             eager=config.http_given,
             suspect=lambda node: self.mesh.probe(node),
             report=self.report,
+            mesh_metrics=lambda: mesh_metrics(self.mesh, self.worker),
         )
         self.stack.callback(self.dispatcher.close)
         settings = HttpSettings(
@@ -348,6 +350,12 @@ class Node:
                 self._tell(state=STALLED, detail=f"no engine step for {STALL_S:g} s with requests open")
             elif not still and self.info.state == STALLED:
                 self._tell(state=READY, detail="")
+
+
+async def _reach(args: dict[str, Any]) -> dict[str, Any]:
+    from p2pdyn.doctor import reach  # only `p2pdyn doctor` of another host asks for it
+
+    return await reach(args)
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:

@@ -1,14 +1,17 @@
-"""The cluster as one peer sees it: the body of `p2pdyn peers --json` and ``GET /p2p/peers``."""
+"""The cluster as one peer sees it: the body of `p2pdyn peers --json` and ``GET /p2p/peers``, and its metrics."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from p2pdyn.core.types import INCOMPATIBLE, READY, Load, NodeId
 
 if TYPE_CHECKING:
+    from p2pdyn.http.backend import Metric
     from p2pdyn.net.mesh import Mesh, Peer
+    from p2pdyn.net.worker import WorkerService
 
 
 def cluster_report(
@@ -57,3 +60,28 @@ def _peer(peer: Peer, load: Load | None, incompatible: str | None) -> dict[str, 
         },
         "kv": {"stream": "NEW", "seq": 0, "blocks": 0},
     }
+
+
+def mesh_metrics(mesh: Mesh, worker: WorkerService | None) -> list[Metric]:
+    """Membership, control traffic and, on a worker, what it has served."""
+    states: Counter[str] = Counter()
+    for peer in mesh.peers.values():
+        states[peer.info.state if peer.state == "alive" else peer.state] += 1
+    rows: list[Metric] = [
+        ("p2pdyn_mesh_peers", "gauge", "Members by state.", [({"state": s}, float(n)) for s, n in states.items()]),
+        (
+            "p2pdyn_mesh_events_total",
+            "counter",
+            "Control traffic (messages, bytes) and what was refused or dropped, by reason.",
+            [({"event": event}, float(count)) for event, count in sorted(mesh.counters.items())],
+        ),
+        ("p2pdyn_mesh_alarms", "gauge", "Alarms that people should look at.", [({}, float(len(mesh.alarms())))]),
+        ("p2pdyn_loop_lag_seconds", "gauge", "Worst loop delay of the last minute.", [({}, mesh.loop_lag_s)]),
+    ]
+    if worker is not None:
+        rows += [
+            ("p2pdyn_worker_requests_total", "counter", "Requests admitted.", [({}, float(worker.requests_total))]),
+            ("p2pdyn_worker_tokens_total", "counter", "Tokens sent.", [({}, float(worker.generated_tokens))]),
+            ("p2pdyn_worker_malformed_total", "counter", "Unreadable requests.", [({}, float(worker.malformed))]),
+        ]
+    return rows

@@ -9,6 +9,10 @@ from p2pdyn.core.request import Job, Sink
 from p2pdyn.text.card import ModelCard
 
 
+Metric = tuple[str, str, str, list[tuple[dict[str, str], float]]]
+"""(name, type, help, [(labels, value)])."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
     """A model known to this peer: ``ready`` counts the workers that take requests, ``since`` is wall-clock seconds."""
@@ -44,5 +48,5 @@ class Backend(Protocol):
     def readiness(self) -> tuple[bool, str]:
         """Whether this peer can serve, and a sentence that says why not."""
 
-    def metrics(self) -> list[tuple[str, str, str, list[tuple[dict[str, str], float]]]]:
-        """(name, type, help, [(labels, value)]) of the mesh's own counters and gauges, for /metrics."""
+    def metrics(self) -> list[Metric]:
+        """The mesh's own counters and gauges, for /metrics."""

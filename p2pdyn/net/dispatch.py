@@ -18,7 +18,7 @@ from p2pdyn.core.flight import Abandon, Action, Dispatch, Flights
 from p2pdyn.core.request import Failure, Job, Rejected, Sink
 from p2pdyn.core.router import Policy
 from p2pdyn.core.types import Address, Load, NodeId, PeerInfo
-from p2pdyn.http.backend import ModelStatus
+from p2pdyn.http.backend import Metric, ModelStatus
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker_link import WorkerLink
 from p2pdyn.text.card import ModelCard
@@ -54,6 +54,7 @@ class Dispatcher:
         eager: bool,
         suspect: Callable[[NodeId], None],
         report: Callable[[], dict[str, Any]],
+        mesh_metrics: Callable[[], list[Metric]],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sockets = sockets
@@ -61,6 +62,7 @@ class Dispatcher:
         self._eager = eager
         self._suspect = suspect
         self._report = report
+        self._mesh_metrics = mesh_metrics
         self._peers: dict[NodeId, tuple[int, Address, PeerInfo]] = {}
         self._links: dict[NodeId, WorkerLink] = {}
         self._retry: dict[NodeId, tuple[int, float]] = {}
@@ -127,7 +129,7 @@ class Dispatcher:
             return True, "ready"
         return False, "no worker of any model is ready"
 
-    def metrics(self) -> list[tuple[str, str, str, list[tuple[dict[str, str], float]]]]:
+    def metrics(self) -> list[Metric]:
         flights = self.flights
         plain: list[tuple[str, str, str, float]] = [
             ("p2pdyn_frontend_inflight_requests", "gauge", "Open generations of this frontend.", len(flights.open)),
@@ -141,14 +143,12 @@ class Dispatcher:
             ("p2pdyn_frontend_stale_frames_total", "counter", "Token frames of earlier attempts.", flights.stale),
             ("p2pdyn_frontend_links_lost_total", "counter", "Worker links that went down.", self.links_lost),
         ]
-        rows: list[tuple[str, str, str, list[tuple[dict[str, str], float]]]] = [
-            (name, kind, text, [({}, float(value))]) for name, kind, text, value in plain
-        ]
+        rows: list[Metric] = [(name, kind, text, [({}, float(value))]) for name, kind, text, value in plain]
         workers = [({"worker": str(worker)}, float(link.up)) for worker, link in self._links.items()]
         rows.append(("p2pdyn_frontend_worker_link_up", "gauge", "1 while requests can be sent to the worker.", workers))
         active = [({"worker": str(worker)}, float(load.active_requests)) for worker, load in self.loads.items()]
         rows.append(("p2pdyn_worker_active_requests", "gauge", "As the worker last reported.", active))
-        return rows
+        return rows + self._mesh_metrics()
 
     # The mesh.
 

@@ -94,7 +94,7 @@ class Bench:
         self.workers: list[Worker] = []
         self.dispatcher = Dispatcher(
             self.sockets, FRONTEND, 1, make_policy("round-robin", random.Random(1)),
-            eager=True, suspect=self.suspects.append, report=dict,
+            eager=True, suspect=self.suspects.append, report=dict, mesh_metrics=list,
         )  # fmt: skip
 
     async def worker(self, letter: str, *args: str, epoch: int = 7) -> Worker:
