@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from p2pdyn.cli.errors import USAGE, Failure
+from p2pdyn.cli.log import set_up_logging
 from p2pdyn.constants import DEFAULT_PORT
 from p2pdyn.core.types import Address
 
@@ -39,10 +40,11 @@ def admin_options(function: F) -> F:
 
 async def ask(at: str, cluster_key: Path | None, op: str, args: dict[str, Any] | None = None) -> dict[str, Any]:
     """The answer of the peer at ``at`` to an admin operation; Failure where there is none."""
-    from p2pdyn.net.admin import admin_call
+    from p2pdyn.net.admin import AdminError, admin_call
     from p2pdyn.net.curve import Security
     from p2pdyn.net.sockets import Sockets
 
+    set_up_logging("error")  # what the sockets would log is in the one sentence below
     try:
         address = Address.parse(at, DEFAULT_PORT)
         security = Security.load(cluster_key) if cluster_key else Security.insecure(allow_remote=True)
@@ -51,11 +53,16 @@ async def ask(at: str, cluster_key: Path | None, op: str, args: dict[str, Any] |
     sockets = Sockets(security)
     try:
         return await admin_call(sockets, address, op, args or {}, TIMEOUT_S)
+    except AdminError as error:
+        raise Failure(f"{address}: {error}") from None
     except (TimeoutError, ConnectionError) as error:
-        why = f" ({error})" if str(error) else ""
-        key = "does it have another --cluster-key" if cluster_key else "does the cluster need --cluster-key"
-        raise Failure(
-            f"no answer from {address}{why}: is a node running there (give --at HOST:PORT), or {key}?"
-        ) from None
+        raise Failure(_no_answer(address, str(error), cluster_key is not None)) from None
     finally:
         sockets.close()
+
+
+def _no_answer(address: Address, why: str, keyed: bool) -> str:
+    if "--cluster-key" in why:
+        return why
+    key = "" if keyed else ", and --cluster-key FILE if its cluster has a key"
+    return f"{why or f'no answer from {address}'}: is a node running there? Give its address with --at HOST:PORT{key}"

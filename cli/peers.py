@@ -82,7 +82,7 @@ def table(report: dict[str, Any], *, color: bool = False) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
     ready = sum(peer["state"] == "ready" for peer in peers)
-    lines = [f"cluster {report['cluster']}: {len(peers)} peers, {ready} ready", ""]
+    lines = [f"cluster {report['cluster']}: {len(peers)} peer{'s' * (len(peers) != 1)}, {ready} ready", ""]
     for row, peer in zip(rows, [None, *peers], strict=True):
         line = "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()[:width]
         if color and peer is not None and peer["state"] in COLORS:

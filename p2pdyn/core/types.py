@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import NewType
 
@@ -9,6 +10,8 @@ NodeId = NewType("NodeId", str)
 """16 lower-case hex digits (64 random bits), kept in the node's data dir."""
 
 MAX_HOST = 255
+_IPV6 = re.compile(r"[0-9A-Fa-f:.]{2,45}(%[\w.-]{1,15})?")
+"""Near enough to tell an IPv6 literal (zone included) from a name with a stray colon; the resolver is the judge."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -36,6 +39,8 @@ class Address:
             raise ValueError(f"address {text!r} is ambiguous: write an IPv6 address as [ADDRESS]:PORT")
         if not host or len(host) > MAX_HOST or any(c.isspace() or c == "/" for c in host):
             raise ValueError(f"address {text!r} has no valid host: write HOST:PORT")
+        if ":" in host and not _IPV6.fullmatch(host):
+            raise ValueError(f"address {text!r} has no valid host: write HOST:PORT, or [IPV6]:PORT")
         if not port:
             if default_port is None:
                 raise ValueError(f"address {text!r} has no port: write HOST:PORT")

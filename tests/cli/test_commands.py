@@ -57,7 +57,7 @@ BAD_USAGE = [
     (["node", "--engine", "none", "--", "--itl-ms", "5"], "an engine argument needs an engine"),
     (["node", "--listen", "0.0.0.0"], "--cluster-key"),
     (["keygen"], "Missing argument"),
-    (["peers", "--at", "a:b:c"], "write an IPv6 address as [ADDRESS]:PORT"),
+    (["peers", "--at", "a:b:c"], "write HOST:PORT, or [IPV6]:PORT"),
     (["peers", "--cluster-key", "/nonexistent"], "/nonexistent"),
     (["chat", "--at", "ftp://x"], "give http://HOST:PORT"),
     (["chat", "--api-key-file", "/nonexistent"], "cannot read the API key file"),
@@ -84,7 +84,10 @@ def test_settings_from_the_environment_are_checked_alike() -> None:
 
 
 FAILURES = [
-    (["peers", "--at", "127.0.0.1:1"], "is a node running there"),
+    (
+        ["peers", "--at", "127.0.0.1:1"],
+        "is a node running there? Give its address with --at HOST:PORT, and --cluster-key FILE",
+    ),
     (["chat", "--at", "http://127.0.0.1:1"], "start `p2pdyn node`"),
 ]
 
