@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from p2pdyn.engines import builtin
 from p2pdyn.engines.base import Engine, EngineOptions
 from p2pdyn.engines.sim import SimEngine, create
 
@@ -19,7 +20,15 @@ def make_sim(*, block_size: int = 4, kv_blocks: int = 512, max_num_seqs: int = 3
     return create(EngineOptions(args=("--speedup=0", *args)))
 
 
-ENGINES: dict[str, MakeEngine] = {"sim": make_sim}
+def make_builtin(
+    *, block_size: int = 4, kv_blocks: int = 512, max_num_seqs: int = 32, context: int = 512
+) -> builtin.BuiltinEngine:
+    """The builtin engine with its tiny model."""
+    sizes = {"block-size": block_size, "kv-blocks": kv_blocks, "max-num-seqs": max_num_seqs, "context": context}
+    return builtin.create(EngineOptions("tiny", args=tuple(f"--{name}={value}" for name, value in sizes.items())))
+
+
+ENGINES: dict[str, MakeEngine] = {"sim": make_sim, "builtin": make_builtin}
 
 
 @pytest.fixture(params=sorted(ENGINES))

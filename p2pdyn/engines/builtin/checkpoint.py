@@ -1,0 +1,277 @@
+"""From GGUF tensors to the form that the model reads: dequantised, fused, tiled; and that form as a file to map.
+
+The GGUF reader and the quantisations are the `gguf` package's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from p2pdyn.engines.base import EngineError, Progress
+from p2pdyn.engines.builtin.model import LlamaConfig
+from p2pdyn.engines.builtin.tiles import F32, tile, tile_width
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"p2pdyn01"
+"""First bytes of a packed file; the last two are its format's version."""
+ALIGN = 4096
+
+
+class GgufFile:
+    """An open GGUF file of the `llama` architecture. Raises EngineError, with a sentence, for any other."""
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        class Reader(GGUFReader):
+            """Slices of np.memmap cost as much again as all else; a plain view of it, three times as fast, does too."""
+
+            def _get(self, *args: Any, **options: Any) -> Any:
+                if isinstance(self.data, np.memmap):
+                    self.data: Any = self.data.view(np.ndarray)
+                return super()._get(*args, **options)
+
+        self.path = path
+        try:
+            self._reader = Reader(path)
+        except FileNotFoundError as error:
+            raise EngineError(f"model file {path} does not exist: check --model") from error
+        except Exception as error:  # the reader trusts its input: a broken file raises nearly anything
+            raise EngineError(f"{path} is not a readable GGUF file ({error}): name another --model") from error
+        architecture = self.meta("general.architecture", "unknown")
+        if architecture != "llama":
+            raise EngineError(
+                f"{path} has the architecture {architecture!r}; the builtin engine runs only 'llama': "
+                "name another --model, or use --engine vllm"
+            )
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def config(self) -> LlamaConfig:
+        """Raises EngineError for what the model does not do: experts, partial or scaled rotation, biases."""
+        heads = self._number("llama.attention.head_count")
+        dim = self._number("llama.embedding_length")
+        head_dim = self._number("llama.attention.key_length", dim // heads)
+        scaling = self.meta("llama.rope.scaling.type", "none")
+        for wrong, what in (
+            (self.meta("llama.expert_count", 0), "experts"),
+            (scaling not in ("none", ""), f"{scaling!r} rope scaling"),
+            (self.meta("llama.rope.dimension_count", head_dim) != head_dim, "partial rotation"),
+            (self.meta("llama.attention.value_length", head_dim) != head_dim, "values of another size than keys"),
+        ):
+            if wrong:
+                raise EngineError(f"{self.path} uses {what}, which the builtin engine lacks: name another --model")
+        config = LlamaConfig(
+            layers=self._number("llama.block_count"),
+            dim=dim,
+            heads=heads,
+            kv_heads=self._number("llama.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            hidden=self._number("llama.feed_forward_length"),
+            vocab=len(self.raw("token_embd.weight").data),
+            outputs=len(self.raw("token_embd.weight").data),
+            context=self._number("llama.context_length"),
+            norm_eps=float(self.meta("llama.attention.layer_norm_rms_epsilon", 1e-5)),
+            rope_theta=float(self.meta("llama.rope.freq_base", 10000.0)),
+            tied="output.weight" not in self._tensors,
+        )
+        extra = set(self._tensors) - set(shapes(config)) - {"rope_freqs.weight"}
+        if extra:
+            raise EngineError(f"{self.path} has tensors that a plain llama lacks ({min(extra)}): name another --model")
+        return config
+
+    def _number(self, key: str, default: int | None = None) -> int:
+        value = self.meta(key, default)
+        if type(value) is not int or value <= 0:
+            raise EngineError(f"{self.path} lacks a usable {key}: name another --model")
+        return value
+
+    def raw(self, name: str) -> Any:
+        if name not in self._tensors:
+            raise EngineError(f"{self.path} lacks the tensor {name}: name another --model")
+        return self._tensors[name]
+
+    def tensor(self, name: str) -> F32:
+        """Dequantised, ``[outputs, inputs]`` as the Hugging Face layout has it: query and key rows un-permuted."""
+        from gguf.quants import dequantize
+
+        raw = self.raw(name)
+        try:
+            data = np.asarray(dequantize(raw.data, raw.tensor_type), np.float32)
+        except NotImplementedError as error:
+            raise EngineError(
+                f"{self.path} is quantised as {raw.tensor_type.name}, which the gguf package cannot read: "
+                "name another --model, as Q8_0 or Q4_1"
+            ) from error
+        kind = name.split(".")[-2]
+        if kind in ("attn_q", "attn_k"):
+            heads = self.meta("llama.attention.head_count")
+            return unpermute(data, heads if kind == "attn_q" else self.meta("llama.attention.head_count_kv", heads))
+        return data
+
+    def rope_factors(self) -> F32 | None:
+        """Llama 3's frequency factors, ``[head_dim / 2]``."""
+        return self.tensor("rope_freqs.weight") if "rope_freqs.weight" in self._tensors else None
+
+
+def unpermute(weight: F32, heads: int) -> F32:
+    """GGUF interleaves each head's rotary pairs as (2i, 2i + 1); the model wants (i, i + head_dim / 2)."""
+    outputs, inputs = weight.shape
+    return weight.reshape(heads, outputs // heads // 2, 2, inputs).swapaxes(1, 2).reshape(outputs, inputs)
+
+
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model by its GGUF name, ``[outputs, inputs]``."""
+    dim, queries, keys = config.dim, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    found: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab, dim), "output_norm.weight": (dim,)}
+    if not config.tied:
+        found["output.weight"] = (config.outputs, dim)
+    for i in range(config.layers):
+        found |= {
+            f"blk.{i}.attn_norm.weight": (dim,),
+            f"blk.{i}.attn_q.weight": (queries, dim),
+            f"blk.{i}.attn_k.weight": (keys, dim),
+            f"blk.{i}.attn_v.weight": (keys, dim),
+            f"blk.{i}.attn_output.weight": (dim, queries),
+            f"blk.{i}.ffn_norm.weight": (dim,),
+            f"blk.{i}.ffn_gate.weight": (config.hidden, dim),
+            f"blk.{i}.ffn_up.weight": (config.hidden, dim),
+            f"blk.{i}.ffn_down.weight": (dim, config.hidden),
+        }
+    return found
+
+
+def pack(config: LlamaConfig, tensor: Callable[[str], F32], rope_factors: F32 | None) -> Iterator[tuple[str, F32]]:
+    """The model's tensors, fused and tiled; ``tensor`` gives one by its GGUF name."""
+    wanted = shapes(config)
+
+    def get(name: str) -> F32:
+        data = tensor(name)
+        if data.shape != wanted[name]:
+            raise EngineError(f"tensor {name} has the shape {data.shape}, not {wanted[name]}: name another --model")
+        return data
+
+    def tiled(*names: str) -> F32:
+        weight = np.concatenate([get(f"{name}.weight") for name in names])
+        return tile(weight, tile_width(weight.shape[1]))
+
+    yield "norm", get("output_norm.weight")
+    if rope_factors is not None:
+        yield "rope_factors", rope_factors
+    if not config.tied:
+        yield "embedding", get("token_embd.weight")
+    yield "head", tiled("token_embd" if config.tied else "output")
+    for i in range(config.layers):
+        block = f"blk.{i}."
+        yield f"{i}.attn_norm", get(block + "attn_norm.weight")
+        yield f"{i}.qkv", tiled(block + "attn_q", block + "attn_k", block + "attn_v")
+        yield f"{i}.out", tiled(block + "attn_output")
+        yield f"{i}.ffn_norm", get(block + "ffn_norm.weight")
+        yield f"{i}.gate_up", tiled(block + "ffn_gate", block + "ffn_up")
+        yield f"{i}.down", tiled(block + "ffn_down")
+
+
+# ---- the packed file: magic, index offset and length, tensors (each page-aligned), index as JSON
+
+
+def write_packed(
+    file: IO[bytes], config: LlamaConfig, card: bytes, tensors: Iterator[tuple[str, F32]], progress: Progress
+) -> None:
+    """``card`` is the packed model card: whoever maps the file needs no GGUF reader."""
+    index: dict[str, tuple[int, tuple[int, ...]]] = {}
+    total = len(shapes(config))
+    for name, data in tensors:
+        file.seek(-(-max(file.tell(), ALIGN) // ALIGN) * ALIGN)
+        index[name] = (file.tell(), data.shape)
+        file.write(np.ascontiguousarray(data).data)
+        progress(min(1.0, 1.5 * len(index) / total), "unpacking the weights")
+    place = file.tell()
+    text = json.dumps({"config": asdict(config), "card": len(card), "tensors": index}).encode()
+    file.write(card + text)
+    file.seek(0)
+    file.write(MAGIC + place.to_bytes(8, "little") + len(text).to_bytes(8, "little"))
+
+
+def map_packed(path: Path) -> tuple[LlamaConfig, bytes, Mapping[str, F32]]:
+    """Map a packed file, shared with all processes that do. Raises OSError or ValueError if it is not whole."""
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    place, length = int.from_bytes(memory[8:16], "little"), int.from_bytes(memory[16:24], "little")
+    if memory[:8] != MAGIC or not place:
+        raise ValueError(f"{path} is no packed model")
+    index = json.loads(memory[len(memory) - length :])
+    card = memory[place : place + index["card"]]
+    if place + len(card) + length != len(memory):
+        raise ValueError(f"{path} is not whole")
+    memory.madvise(mmap.MADV_WILLNEED)
+    tensors = {
+        name: np.frombuffer(memory, np.float32, int(np.prod(shape)), start).reshape(shape)
+        for name, (start, shape) in index["tensors"].items()
+    }
+    return LlamaConfig(**index["config"]), card, tensors
+
+
+def identity(path: Path) -> str:
+    """Names a packed file after the file that it is made of: its real path, size and time."""
+    from hashlib import blake2b
+
+    stat = path.stat()
+    what = f"{os.path.realpath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{MAGIC.decode()}"
+    return blake2b(what.encode(), digest_size=8).hexdigest()
+
+
+def load(path: Path, cache: Path, progress: Progress) -> tuple[LlamaConfig, bytes, Mapping[str, F32]]:
+    """A GGUF file's configuration, packed card and tensors, by way of its packed file in ``cache``, made on first use.
+    Where that cannot be written the tensors are unpacked into this process alone. Raises EngineError."""
+    from p2pdyn.engines.builtin.weights import locked
+
+    packed = cache / f"{path.stem}-{identity(path)}.packed"
+    with contextlib.suppress(OSError, ValueError):
+        return map_packed(packed)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(packed, progress, "another process unpacks the weights"):
+            with contextlib.suppress(OSError, ValueError):
+                return map_packed(packed)
+            _make_packed(path, packed, progress)
+            return map_packed(packed)
+    except OSError as error:
+        log.warning("the unpacked weights cannot be kept in %s (%s): each worker keeps its own copy", cache, error)
+    config, card, file = _open(path, progress)
+    return config, card, dict(pack(config, file.tensor, file.rope_factors()))
+
+
+def _open(path: Path, progress: Progress) -> tuple[LlamaConfig, bytes, GgufFile]:
+    from p2pdyn.engines.builtin.tokenizer import model_card
+
+    progress(0.45, f"reading {path.name}")
+    file = GgufFile(path)
+    config = file.config()
+    return config, model_card(file, config.context).pack(), file
+
+
+def _make_packed(path: Path, packed: Path, progress: Progress) -> None:
+    """Write beside the place, then rename: nobody maps half a file."""
+    config, card, file = _open(path, progress)
+    part = packed.with_suffix(".part")
+    try:
+        with part.open("wb") as target:
+            tensors = pack(config, file.tensor, file.rope_factors())
+            write_packed(target, config, card, tensors, lambda part, what: progress(0.5 + 0.4 * part, what))
+        part.replace(packed)
+    finally:
+        part.unlink(missing_ok=True)
