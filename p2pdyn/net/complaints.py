@@ -18,16 +18,20 @@ class Complaints:
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._said: dict[tuple[str, str], float] = {}
+        self._sources: dict[tuple[str, str], tuple[int, float]] = {}
 
     def add(self, kind: str, source: str, text: str) -> None:
+        """One more of ``kind`` from ``source``, an address. ``text`` is the line to log."""
         self.counts[kind] += 1
         now = time.monotonic()
-        key = (kind, source)
-        if now - self._said.get(key, -QUIET_S) < QUIET_S:
-            return
-        self._said.pop(key, None)
-        if len(self._said) >= MAX_SOURCES:
-            del self._said[next(iter(self._said))]
-        self._said[key] = now
-        log.warning("%s", text)
+        count, said = self._sources.get((kind, source), (0, now - QUIET_S))
+        if now - said >= QUIET_S:
+            log.warning("%s", text)
+            said = now
+        if len(self._sources) >= MAX_SOURCES and (kind, source) not in self._sources:
+            del self._sources[next(iter(self._sources))]
+        self._sources[kind, source] = (count + 1, said)
+
+    def by_source(self, kind: str) -> dict[str, int]:
+        """How many of ``kind`` came from each source."""
+        return {source: count for (known, source), (count, _) in self._sources.items() if known == kind}

@@ -84,6 +84,7 @@ class Link:
         self._batch_done = batch_done
         self._on_close = on_close
         self._closed = False
+        self._first: zmq.Frame | None = None
         self._pump = Pump(loop, socket, self._drain)
 
     def send(self, frames: Sequence[bytes]) -> bool:
@@ -104,6 +105,13 @@ class Link:
         self._pump.wake()
         return sent
 
+    def sender(self) -> str:
+        """The host that the message being received came from: inside ``receive`` only."""
+        try:
+            return str(self._first.get("Peer-Address")) if self._first is not None else "somebody"
+        except zmq.ZMQError:
+            return "somebody"
+
     def close(self) -> None:
         """Drop everything queued and the connections. Idempotent; may be called from any callback."""
         if not self._closed:
@@ -115,26 +123,32 @@ class Link:
     def _drain(self) -> None:
         try:
             for _ in range(BATCH):
-                frames = receive_now(self._socket)
-                if frames is None:
+                message = read_message(self._socket)
+                if message is None:
                     break
+                self._first, frames = message
                 if len(frames) <= MAX_FRAMES:
                     self._receive(frames)
                 if self._closed:
                     return
         finally:
+            self._first = None
             if self._batch_done is not None and not self._closed:
                 self._batch_done()
 
 
-def receive_now(socket: zmq.Socket[bytes]) -> list[bytes] | None:
-    """The next message's frames, None if there is none. At most MAX_FRAMES + 1: the rest is read and dropped."""
+def read_message(socket: zmq.Socket[bytes]) -> tuple[zmq.Frame, list[bytes]] | None:
+    """The next message: its first frame with ZeroMQ's metadata, and all frames. None if there is none.
+
+    At most MAX_FRAMES + 1 frames: the rest is read and dropped.
+    """
     try:
-        frames = [socket.recv(DONTWAIT)]
+        first = socket.recv(DONTWAIT, copy=False)
     except zmq.Again:
         return None
+    frames = [first.bytes]
     while socket.getsockopt(RCVMORE):
         frame = socket.recv(DONTWAIT)
         if len(frames) <= MAX_FRAMES:
             frames.append(frame)
-    return frames
+    return first, frames

@@ -20,7 +20,7 @@ import zmq
 from p2pdyn.core.types import Address
 from p2pdyn.net.complaints import Complaints
 from p2pdyn.net.curve import Keypair
-from p2pdyn.net.link import BATCH, Pump, receive_now
+from p2pdyn.net.link import BATCH, Pump, read_message
 
 CONNECT_S = 2.0
 """A connect() without an answer is given up after this long (the kernel would take two minutes)."""
@@ -76,9 +76,9 @@ class Monitor:
 
     def _drain(self) -> None:
         for _ in range(BATCH):
-            if self._socket.closed or (frames := receive_now(self._socket)) is None:
+            if self._socket.closed or (message := read_message(self._socket)) is None:
                 return
-            self._on_event(*_EVENT.unpack(frames[0]))
+            self._on_event(*_EVENT.unpack(message[1][0]))
 
     def close(self) -> None:
         """Before the watched socket is closed."""
@@ -178,8 +178,13 @@ def _why_refused(event: int, value: int, have_key: bool) -> str:
         if have_key:
             return "has no cluster key, but this peer has one: start it with the same --cluster-key file"
         return "wants a cluster key, but this peer has none: start this peer with its cluster's --cluster-key file"
-    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value != zmq.EAGAIN and have_key:
-        return "hung up on this peer's cluster key: it has another one; give both the same --cluster-key file"
+    # A server that minds the key often hangs up before it has said so.
+    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value != zmq.EAGAIN:
+        if have_key:
+            return (
+                "hung up on this peer's cluster key: it has another one, or none; give both the same --cluster-key file"
+            )
+        return "hung up: if it wants a cluster key, start this peer with its cluster's --cluster-key file"
     return "does not answer as a p2pdyn peer: check its address and port"
 
 

@@ -12,7 +12,7 @@ import zmq
 
 from p2pdyn.net.complaints import Complaints
 from p2pdyn.net.curve import Keypair, raw_public
-from p2pdyn.net.link import BATCH, Pump, receive_now
+from p2pdyn.net.link import BATCH, Pump, read_message
 
 DOMAIN = b"p2pdyn"
 
@@ -35,10 +35,10 @@ class ZapHandler:
 
     def _drain(self) -> None:
         for _ in range(BATCH):
-            request = receive_now(self._socket)
+            request = read_message(self._socket)
             if request is None:
                 return
-            self._socket.send_multipart(self._answer(request), zmq.DONTWAIT)
+            self._socket.send_multipart(self._answer(request[1]), zmq.DONTWAIT)
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         version, sequence, domain, address, _identity, mechanism, *credentials = [

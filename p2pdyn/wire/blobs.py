@@ -20,6 +20,7 @@ from p2pdyn.wire.requests import MAX_STEP_TOKENS, describe_params
 from p2pdyn.wire.schema import U16, U32, U64, Bound, Cap, Name
 from p2pdyn.wire.shape import Shape, WireError, field_shapes, shape
 
+DETAIL_MAX = 512
 PARAMS_MAX = 256 * 1024
 MAX_DEPTH = 32
 """Of ``guided`` and ``extra``: JSON schemas in the field stay below 20."""
@@ -85,7 +86,7 @@ _INFO = _shapes(
     engine=_Word,
     engine_version=_Word,
     state=_Word,
-    detail=Annotated[str, Cap(512)],
+    detail=Annotated[str, Cap(DETAIL_MAX)],
     progress=_Share,
     requests_port=U16,
     events_port=U16,
@@ -120,13 +121,20 @@ _PARAMS = _shapes(
 
 def encode_info(info: PeerInfo) -> bytes:
     """At most PEER_INFO_MAX bytes: ``detail``, a sentence for people, is shortened to fit. Raises WireError."""
+    info = dataclasses.replace(info, detail=_shorten(info.detail, DETAIL_MAX))
     data = _pack_info(info)
     if len(data) > PEER_INFO_MAX and info.detail:
-        room = max(0, len(info.detail.encode()) - (len(data) - PEER_INFO_MAX) - len("…".encode()))
-        data = _pack_info(dataclasses.replace(info, detail=info.detail.encode()[:room].decode(errors="ignore") + "…"))
+        room = len(info.detail.encode()) - (len(data) - PEER_INFO_MAX)
+        data = _pack_info(dataclasses.replace(info, detail=_shorten(info.detail, room)))
     if len(data) > PEER_INFO_MAX:
         raise WireError(f"PeerInfo: larger than {PEER_INFO_MAX} bytes: serve fewer models or shorten their names")
     return data
+
+
+def _shorten(text: str, size: int) -> str:
+    """At most ``size`` UTF-8 bytes of ``text``, with an ellipsis if some are missing."""
+    data = text.encode(errors="replace")
+    return text if len(data) <= size else data[: max(0, size - 3)].decode(errors="ignore") + "…"
 
 
 def _pack_info(info: PeerInfo) -> bytes:

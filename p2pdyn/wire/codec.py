@@ -45,6 +45,9 @@ __all__ = [
 LIMITS = {CONTROL: CONTROL_MAX, REQUESTS: REQUEST_MAX, EVENTS: EVENT_MAX}
 """Largest encoded message of each link, in bytes; also the link's MAXMSGSIZE."""
 
+LAST_VERSION = 31
+"""No protocol version will be higher, so that text is not taken for a message from the future."""
+
 _VERSION = bytes([PROTOCOL_VERSION])
 
 
@@ -79,9 +82,9 @@ def decode(link: str, data: bytes) -> object:
     if not data:
         raise WireError("empty message")
     if data[0] != PROTOCOL_VERSION:
-        if data[0] > PROTOCOL_VERSION:
+        if PROTOCOL_VERSION < data[0] <= LAST_VERSION:
             raise FutureVersion(data[0])
-        raise WireError(f"protocol version {data[0]} is not spoken any more")
+        raise WireError("not a message of ours")
     if len(data) > LIMITS[link]:
         raise WireError(f"larger than the {LIMITS[link]} bytes of the {link} link")
     fields = unpack(memoryview(data)[1:], maps=False)
