@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from p2pdyn.constants import DEFAULT_PORT
 from p2pdyn.core.types import DEAD, LEFT, Address
 from p2pdyn.doctor_host import FAIL, OK, WARN, Finding, check_multicast, check_port, host_findings, judge_interfaces
 from p2pdyn.net import interfaces
+from p2pdyn.net.reach import connect
 
 if TYPE_CHECKING:
     from p2pdyn.net.curve import Security
     from p2pdyn.net.sockets import Sockets
 
-CONNECT_S = 3.0
 ASK_S = 5.0
 MAX_SKEW_S = 2.0
 """Between two peers. Nothing breaks above it, but logs and boot epochs of hosts no longer compare."""
@@ -207,38 +206,6 @@ async def _both_ways(sockets: Sockets, peer: Address, callback: Address) -> Find
         mend = f"open port {callback.port} on this host for {peer.host}, or listen on an address that it can route to"
         return Finding("reach", FAIL, f"{peer} cannot call back to {callback}: {answer.get('error')}", mend)
     return Finding("reach", OK, f"{peer} and this host reach each other")
-
-
-async def reach(args: Mapping[str, Any]) -> dict[str, Any]:
-    """The admin operation ``reach``: connect to ``args["address"]`` and say whether it went through.
-
-    Only members can ask (the control link needs the cluster key); nothing is sent over the connection.
-    """
-    try:
-        address = Address.parse(str(args["address"]))
-    except (KeyError, ValueError) as error:
-        return {"ok": False, "error": f"bad address: {error}"}
-    why = await connect(address)
-    return {"ok": not why, "error": why}
-
-
-async def connect(address: Address) -> str:
-    """Why a TCP connection to ``address`` fails within CONNECT_S; empty when it does not."""
-    try:
-        async with asyncio.timeout(CONNECT_S):
-            _, writer = await asyncio.open_connection(address.host, address.port)
-    except TimeoutError:
-        return f"no answer within {CONNECT_S:g} s (a firewall drops it, or the host is down)"
-    except ConnectionRefusedError:
-        return "refused (nothing listens there, or a firewall rejects it)"
-    except socket.gaierror as error:
-        return f"the name does not resolve ({error.strerror})"
-    except OSError as error:
-        return error.strerror or str(error)
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-    return ""
 
 
 async def _gather(checks: Any) -> list[Finding]:

@@ -37,6 +37,7 @@ from p2pdyn.engines.runner import Runner, make_runner
 from p2pdyn.net import interfaces
 from p2pdyn.net.curve import Security
 from p2pdyn.net.mesh import Mesh, Peer
+from p2pdyn.net.reach import reach
 from p2pdyn.net.seeds import Seeds
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker import WorkerService
@@ -115,7 +116,7 @@ class Node:
         )
         self.stack.callback(self.mesh.close)
         self.mesh.on_admin("peers", lambda args: self.report())
-        self.mesh.on_admin("reach", _reach)
+        self.mesh.on_admin("reach", reach)
         if config.http is not None:
             await self._start_http(sockets)
         self.mesh.start()
@@ -190,15 +191,17 @@ class Node:
         if config.mdns:
             from p2pdyn.net.mdns import Mdns
 
+            complaints = self.sockets.complaints
             mdns = Mdns(
                 node=self.data.node,
                 cluster=config.cluster,
                 name=config.name,
                 port=mesh.address.port,
-                addresses=[host for host in listen.hosts if not Address(host, 0).is_loopback],
+                addresses=[host for host in listen.hosts if not Address(host, 0).is_loopback] or listen.hosts,
                 key_fingerprint=security.fingerprint,
                 interfaces=listen.interfaces,
                 on_peer=lambda address, properties: mesh.introduce(address, "mdns"),
+                on_refused=lambda address, why: complaints.add("refused-key", address.host, why),
             )
             await mdns.start()
             self.stack.push_async_callback(mdns.close)
@@ -350,12 +353,6 @@ class Node:
                 self._tell(state=STALLED, detail=f"no engine step for {STALL_S:g} s with requests open")
             elif not still and self.info.state == STALLED:
                 self._tell(state=READY, detail="")
-
-
-async def _reach(args: dict[str, Any]) -> dict[str, Any]:
-    from p2pdyn.doctor import reach  # only `p2pdyn doctor` of another host asks for it
-
-    return await reach(args)
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from p2pdyn.core.types import Address
-from p2pdyn.doctor import Plan, check_key, check_ports, check_seeds, connect, examine, judge_skew, reach
+from p2pdyn.doctor import Plan, check_key, check_ports, check_seeds, examine, judge_skew
 from p2pdyn.doctor_host import (
     FAIL,
     OK,
@@ -34,6 +34,7 @@ from p2pdyn.doctor_host import (
 )
 from p2pdyn.net.curve import write_key_file
 from p2pdyn.net.interfaces import Interface, Nic, pick, rank
+from p2pdyn.net.reach import connect, reach
 
 
 @pytest.fixture

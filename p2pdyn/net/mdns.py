@@ -118,7 +118,7 @@ class Mdns:
 
     ``interfaces`` are the ones to speak on, followed by name as they come, go and change address.  ``on_peer`` is
     called with each address of each peer of the same cluster, again whenever it is heard of; ``on_refused`` once for
-    each peer whose key does not match ours, with the sentence that is also logged.
+    each peer whose key does not match ours, with its address and a sentence for the log.
     """
 
     def __init__(
@@ -132,10 +132,9 @@ class Mdns:
         key_fingerprint: str,
         interfaces: Sequence[Interface],
         on_peer: Callable[[Address, dict[str, str]], None],
-        on_refused: Callable[[str], None] | None = None,
+        on_refused: Callable[[Address, str], None],
     ) -> None:
         self.local = Announcement(node, cluster, name, key_fingerprint, __version__, port, tuple(addresses))
-        self.refused = 0
         self._interfaces = {i.name: i for i in interfaces}
         self._on_peer = on_peer
         self._on_refused = on_refused
@@ -277,10 +276,7 @@ class Mdns:
         if why := refusal(heard, self.local.key):
             if (heard.id, heard.key) not in self._reported and len(self._reported) < MAX_REPORTED:
                 self._reported.add((heard.id, heard.key))
-                self.refused += 1
-                log.warning("%s", why)
-                if self._on_refused:
-                    self._on_refused(why)
+                self._on_refused(Address(heard.addresses[0], heard.port), why)
             return
         for address in nearest(heard.addresses, self._networks):
             self._on_peer(Address(address, heard.port), heard.txt)

@@ -19,7 +19,7 @@ while True:
 """
 CLIENT = "import socket,sys; socket.create_connection((sys.argv[1], 7400), timeout=1).close()"
 ANNOUNCE = textwrap.dedent("""
-    import asyncio, sys, time
+    import asyncio, sys
     from p2pdyn.net.interfaces import pick
     from p2pdyn.net.mdns import Mdns
 
@@ -27,7 +27,8 @@ ANNOUNCE = textwrap.dedent("""
         listen = pick(None)
         mdns = Mdns(node=f"{number:016x}", cluster="lab", name=f"host-{number}", port=7400, addresses=listen.hosts[:1],
                     key_fingerprint="k", interfaces=listen.interfaces,
-                    on_peer=lambda address, txt: print(address, txt["name"], flush=True))
+                    on_peer=lambda address, txt: print(address, txt["name"], flush=True),
+                    on_refused=print)
         await mdns.start()
         print("up", flush=True)
         await asyncio.sleep(60)
@@ -90,6 +91,19 @@ def test_mdns_introduces_hosts_of_one_segment_and_again_after_the_cable_was_out(
     assert second.stdout is not None
     assert first.stdout.readline() == "10.20.1.2:7400 host-2\n"
     assert second.stdout.readline() == "10.20.1.1:7400 host-1\n"
+
+
+def test_mdns_works_where_there_is_only_ipv6(lab: Lab) -> None:
+    switch = lab.switch("10.20.1")
+    hosts = lab.host("a", switch, 1), lab.host("b", switch, 2)
+    for number, host in enumerate(hosts, 1):
+        host.run("ip", "addr", "flush", "dev", "eth0", "scope", "global")
+        host.run("ip", "addr", "add", f"fd00:20::{number}/64", "dev", "eth0", "nodad")
+    first, second = python(hosts[0], ANNOUNCE, "1"), python(hosts[1], ANNOUNCE, "2")
+    assert first.stdout is not None
+    assert second.stdout is not None
+    assert first.stdout.readline() == "[fd00:20::2]:7400 host-2\n"
+    assert second.stdout.readline() == "[fd00:20::1]:7400 host-1\n"
 
 
 def test_mdns_follows_an_interface_that_changes_its_address(lab: Lab) -> None:
