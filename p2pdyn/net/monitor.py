@@ -222,8 +222,14 @@ def _why_turned_away(event: int, value: int) -> tuple[str, str]:
 
 def _peer_of(descriptor: int) -> str:
     """The host behind a descriptor of libzmq's, closed or reused by now perhaps: good for a log line only."""
-    try:
-        with bsd.socket(fileno=os.dup(descriptor)) as peer:
-            return str(peer.getpeername()[0])
-    except (OSError, IndexError):
-        return "somebody"
+    with suppress(OSError):
+        copy = os.dup(descriptor)
+        try:
+            peer = bsd.socket(fileno=copy)
+        except OSError:  # no socket at all any more
+            os.close(copy)
+            return "somebody"
+        with peer:
+            name = peer.getpeername()
+            return str(name[0]) if name else "somebody"
+    return "somebody"
