@@ -45,6 +45,7 @@ class Job:
     pin: str = ""
     session: str = ""
     request_id: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

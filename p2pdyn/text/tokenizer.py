@@ -53,6 +53,10 @@ class TokenizerError(ValueError):
 class Detokenizer(Protocol):
     """The text of one sequence, token by token. The texts joined are the decoding of all ids, specials skipped."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether the next token's text depends on the tokens before it."""
+
     def push(self, token: int) -> str:
         """The text that this token completes, perhaps none."""
 
@@ -138,7 +142,12 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of all ids, specials skipped."""
+        if self._bytes_of is not None:
+            return b"".join(map(self.raw, tokens)).decode("utf-8", "replace")
         return self._inner.decode(list(tokens), skip_special_tokens=True)
+
+    def is_special(self, token: int) -> bool:
+        return token in self._special
 
     def detokenizer(self) -> Detokenizer:
         return StreamDetokenizer(self._inner) if self._bytes_of is None else ByteDetokenizer(self)

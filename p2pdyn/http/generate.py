@@ -1,0 +1,156 @@
+"""The generation routes: a plain ASGI application each, from the body's bytes to submitted jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from array import array
+from dataclasses import replace
+from typing import Any
+
+from p2pdyn.core.request import Job, Rejected
+from p2pdyn.core.types import SamplingParams
+from p2pdyn.http.backend import Backend
+from p2pdyn.http.errors import HttpError, bad
+from p2pdyn.http.exchange import EXTENSION, Exchange
+from p2pdyn.http.formats import ChatFormat, CompletionFormat, Shape
+from p2pdyn.http.metrics import HttpMetrics
+from p2pdyn.http.openai import COMPLETION_TOKENS, SEED_MASK, Ask, chat_ask, completion_ask, parse
+from p2pdyn.http.reply import Reply
+from p2pdyn.http.speech import Speech, Speeches
+from p2pdyn.text.template import TemplateError
+
+TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+ROUTING_VALUE = re.compile(rb"[!-~]{1,128}")
+
+Prompt = tuple["array[int]", str]
+"""Token ids, and the text to echo."""
+
+
+class Generations:
+    """Serves chat and text completions on one Backend."""
+
+    def __init__(self, backend: Backend, metrics: HttpMetrics) -> None:
+        self._backend = backend
+        self._metrics = metrics
+        self._speeches = Speeches(backend)
+        self._loop = asyncio.get_running_loop()
+
+    async def chat(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._answer(scope["extensions"][EXTENSION]["exchange"], True)
+
+    async def completions(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._answer(scope["extensions"][EXTENSION]["exchange"], False)
+
+    async def _answer(self, exchange: Exchange, chat: bool) -> None:
+        began = self._loop.time()
+        try:
+            content = parse(exchange.body)
+            exchange.body = bytearray()
+            speech = await self._speeches.of(content["model"])
+            ask = (chat_ask if chat else completion_ask)(content, speech.card)
+            prompts = [await _chat_prompt(ask, speech)] if chat else await _prompts(ask, speech)
+            self._check_room(ask, prompts, speech)
+            if not exchange.disconnected:
+                self._start(exchange, ask, prompts, speech, chat, began)
+        except HttpError as error:
+            exchange.fail(error)
+        except Rejected as rejected:
+            exchange.fail(HttpError.of(rejected.failure))
+
+    def _check_room(self, ask: Ask, prompts: list[Prompt], speech: Speech) -> None:
+        """Every prompt and its max_tokens must fit into the context; without max_tokens the rest of it is used."""
+        served = (status.context for status in self._backend.models() if status.name == ask.model)
+        context = next(served, 0) or speech.card.context
+        longest = max(len(tokens) for tokens, _ in prompts)
+        if not min(len(tokens) for tokens, _ in prompts):
+            raise bad("The prompt is empty: it must have at least one token.", "prompt")
+        room = context - longest if context else 2**31 - 1
+        if room < 1 or (ask.max_tokens or 1) > room:
+            asked = f" and max_tokens is {ask.max_tokens}" if ask.max_tokens and room >= 1 else ""
+            message = (
+                f"The context has {context} tokens; the prompt has {longest}{asked}: shorten the one or the other."
+            )
+            raise bad(message, "messages" if ask.messages else "prompt", "context_length_exceeded")
+
+    def _start(
+        self, exchange: Exchange, ask: Ask, prompts: list[Prompt], speech: Speech, chat: bool, began: float
+    ) -> None:
+        tokenizer = speech.tokenizer
+        shape: type[Shape] = ChatFormat if chat else CompletionFormat
+        form = shape(secrets.token_hex(12), ask.model, tokenizer, ask.include_usage)
+        reply = Reply(exchange, self._backend, self._metrics, form, ask, tokenizer, _silent(ask, speech), began)
+        reply.prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
+        self._metrics.prompt_tokens += reply.prompt_tokens
+        plain = _job(exchange, ask)
+        jobs = [
+            (replace(plain, tokens=tokens, params=self._params(ask, len(tokens), speech, chat, copy)), number, echo)
+            for number, (tokens, echo) in enumerate(prompts)
+            for copy in range(ask.n)
+        ]
+        reply.start(jobs)
+
+    def _params(self, ask: Ask, prompt: int, speech: Speech, chat: bool, copy: int) -> SamplingParams:
+        """The parameters of one choice: its max_tokens, and for further choices of one prompt a seed of its own."""
+        most = ask.max_tokens
+        if most is None:
+            served = (status.context for status in self._backend.models() if status.name == ask.model)
+            room = (next(served, 0) or speech.card.context or 2**31 - 1) - prompt
+            most = room if chat else min(COMPLETION_TOKENS, room)
+        params = ask.params
+        seed = params.seed if params.seed is None else (params.seed + copy) & SEED_MASK
+        return replace(params, max_tokens=most, seed=seed, min_tokens=min(params.min_tokens, most))
+
+
+def _job(exchange: Exchange, ask: Ask) -> Job:
+    fields = exchange.fields
+    trace = fields.get(b"traceparent", b"")
+    return Job(
+        ask.model,
+        array("I"),
+        ask.params,
+        ask.resumable,
+        pin=_routing(fields, b"x-p2pdyn-pin"),
+        session=_routing(fields, b"x-p2pdyn-session"),
+        request_id=exchange.request_id.decode(),
+        traceparent=trace.decode() if TRACEPARENT.fullmatch(trace) else "",
+    )
+
+
+def _routing(fields: dict[bytes, bytes], name: bytes) -> str:
+    value = fields.get(name)
+    if value is None:
+        return ""
+    if not ROUTING_VALUE.fullmatch(value):
+        raise bad(f"{name.decode()} must have from 1 to 128 visible ASCII characters.", name.decode())
+    return value.decode()
+
+
+def _silent(ask: Ask, speech: Speech) -> frozenset[int]:
+    """Ids that end the sequence and are ordinary text to the tokenizer: they are counted but not shown."""
+    ends = {*ask.params.stop_token_ids, *(() if ask.params.ignore_eos else speech.card.eos_token_ids)}
+    return frozenset(token for token in ends if not speech.tokenizer.is_special(token))
+
+
+async def _chat_prompt(ask: Ask, speech: Speech) -> Prompt:
+    if speech.template is None:
+        raise bad(f"Chat is not possible here: {speech.no_chat}.", "messages", "no_chat_template")
+    try:
+        text = speech.template.render(ask.messages, ask.add_generation_prompt, ask.template)
+    except TemplateError as error:
+        raise bad(f"{str(error)[:1].upper()}{str(error)[1:]}.", "messages", "chat_template_error") from None
+    return await speech.tokenizer.encode(text, special=False), ""
+
+
+async def _prompts(ask: Ask, speech: Speech) -> list[Prompt]:
+    found: list[Prompt] = []
+    tokenizer = speech.tokenizer
+    for prompt in ask.prompts:
+        if isinstance(prompt, str):
+            found.append((await tokenizer.encode(prompt, special=True), prompt if ask.echo else ""))
+            continue
+        if max(prompt) >= tokenizer.vocabulary:
+            raise bad("prompt holds a token id outside the vocabulary.", "prompt")
+        found.append((prompt, tokenizer.decode(prompt) if ask.echo else ""))
+    return found

@@ -1,0 +1,143 @@
+"""Binds the endpoint, sweeps its connections, and stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import resource
+import ssl
+from dataclasses import replace
+from email.utils import formatdate
+from typing import Any
+
+from uvicorn.config import Config
+
+from p2pdyn.core.types import Address
+from p2pdyn.http.app import Endpoint, Gate
+from p2pdyn.http.backend import Backend
+from p2pdyn.http.keys import ApiKeys
+from p2pdyn.http.metrics import HttpMetrics
+from p2pdyn.http.protocol import Connection, Shared
+from p2pdyn.http.settings import HttpSettings, Limits
+
+__all__ = ["HttpServer", "HttpSettings", "Limits"]
+
+BACKLOG = 1024
+SWEEP_S = 0.5
+"""Between two looks at all connections (4096 of them take 2 ms); shorter deadlines are swept for more often."""
+STOP_S = 1.0
+"""For closed connections and cancelled tasks to be gone."""
+SPARE_DESCRIPTORS = 64
+"""Left for the mesh when the process may open fewer descriptors than there may be connections."""
+
+
+class HttpServer:
+    """One HTTP or HTTPS endpoint on the running loop; all methods are called there."""
+
+    def __init__(self, backend: Backend, settings: HttpSettings) -> None:
+        """Raises ValueError or OSError, with the mend, for key and certificate files that cannot be used."""
+        self._settings = settings
+        self._keys = ApiKeys(settings.api_key_file)
+        self._tls = _tls_context(settings)
+        self.metrics = HttpMetrics()
+        self._shared = Shared(settings.limits, Gate(self._keys), self.metrics)
+        connections = self._shared.connections
+        self._endpoint = Endpoint(backend, self.metrics, lambda: len(connections))
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep_s = SWEEP_S
+
+    async def start(self) -> str:
+        """Bind, and answer the endpoint's URL. Raises OSError whose ``strerror`` says why it cannot bind."""
+        loop = asyncio.get_running_loop()
+        config = Config(self._endpoint, log_config=None, access_log=False, lifespan="off", ws="none", loop="none")
+        config.timeout_keep_alive = self._shared.limits.idle_s  # type: ignore[assignment]  # a float does as well
+        config.load()
+        address, limits = self._settings.address, self._shared.limits
+        self._check_descriptors(limits)
+
+        def connection() -> asyncio.Protocol:
+            return Connection(config, self._shared, {}, loop)
+
+        try:
+            self._server = await loop.create_server(
+                connection, address.host, address.port, ssl=self._tls, backlog=BACKLOG
+            )
+        except OSError as error:
+            raise _bind_error(error) from error
+        shortest = min(limits.header_s, limits.body_s, limits.linger_s, limits.slow_s)
+        self._sweep_s = min(SWEEP_S, shortest / 4)
+        self._sweep()
+        port = self._server.sockets[0].getsockname()[1]
+        return f"{'https' if self._tls else 'http'}://{Address(address.host, port)}"
+
+    def reload(self) -> None:
+        """Read keys and certificate again: for new requests and new connections. Raises as the constructor does."""
+        self._keys.reload()
+        if self._tls is not None:
+            _tls_context(self._settings)  # a pair that does not fit must not replace the one in use
+            self._tls.load_cert_chain(*_pair(self._settings))
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept nothing more, let open answers end for ``grace_s``, then close all. Idempotent."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        shared = self._shared
+        shared.stopping = True
+        server.close()
+        for connection in list(shared.connections):
+            connection.shutdown()
+        await shared.wait_quiet(grace_s)
+        for connection in list(shared.connections):
+            connection.transport.abort()
+        for task in list(shared.tasks):
+            task.cancel()
+        if shared.tasks:
+            await asyncio.wait(shared.tasks, timeout=STOP_S)
+        await shared.wait_quiet(STOP_S)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+    def _check_descriptors(self, limits: Limits) -> None:
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
+        if 0 < allowed < limits.connections:
+            self._shared.limits = replace(limits, connections=allowed)
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._shared.set_date(formatdate(usegmt=True).encode())
+        for connection in list(self._shared.connections):
+            if isinstance(connection, Connection):
+                connection.sweep(now)
+        self._sweeper = loop.call_later(self._sweep_s, self._sweep)
+
+
+def _pair(settings: HttpSettings) -> tuple[Any, Any]:
+    return settings.tls_cert, settings.tls_key
+
+
+def _tls_context(settings: HttpSettings) -> ssl.SSLContext | None:
+    cert, key = _pair(settings)
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise ValueError("TLS needs both --tls-cert and --tls-key")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(cert, key)
+    except (ssl.SSLError, OSError) as error:
+        raise ValueError(f"the TLS certificate {cert} or its key {key} cannot be used: {error}") from error
+    return context
+
+
+def _bind_error(error: OSError) -> OSError:
+    reasons = {
+        errno.EADDRINUSE: "the port is taken",
+        errno.EADDRNOTAVAIL: "this host has no such address",
+        errno.EACCES: "ports below 1024 need privileges",
+    }
+    code = error.errno or 0
+    return OSError(code, reasons.get(code, error.strerror or str(error)))
