@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pdyn.engines import registry
-from p2pdyn.engines.base import Engine, EngineError, EngineOptions, Step
+from p2pdyn.engines.base import Engine, EngineError, EngineOptions, Step, death_reason
 from p2pdyn.engines.frames import (
     FAILED,
     LOAD,
@@ -35,6 +35,7 @@ from p2pdyn.engines.frames import (
 
 PR_SET_PDEATHSIG = 1
 READ = 1 << 18
+"""Bytes taken from the socket at a time."""
 
 
 class PeerGone(Exception):
@@ -67,7 +68,8 @@ class Inbox:
             taken.extend(self._frames.feed(data))
 
 
-def main() -> int:
+def main() -> None:
+    """Serve the socket named on the command line; does not return."""
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
     sock.setblocking(True)
@@ -76,20 +78,19 @@ def main() -> int:
         (name, module, parent, model, served_name, args, offline, data_dir), *work = inbox.take(None)
         die_with(parent)
         options = EngineOptions(model, served_name, tuple(args), offline, Path(data_dir))
-        return run(name, module, options, sock, inbox, work)
+        run(name, module, options, sock, inbox, work)
     except (PeerGone, BrokenPipeError, ConnectionResetError):
-        return 0
+        pass
+    except Exception:
+        traceback.print_exc()
+    finally:
+        end_group()
 
 
 def die_with(parent: int) -> None:
     """Take the whole process group down with the peer, however it ends and whatever the engine has started."""
 
-    def end(number: int, _: object) -> None:
-        if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)
-        os._exit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, lambda number, frame: end_group())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -97,8 +98,17 @@ def die_with(parent: int) -> None:
         raise PeerGone
 
 
-def run(name: str, module: str, options: EngineOptions, sock: socket.socket, inbox: Inbox, work: list[Any]) -> int:
-    """Load, then serve until the peer goes; an exception of the engine is told to the peer."""
+def end_group() -> None:
+    """End this process and all that the engine has started: with the peer dead nobody else would."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def run(name: str, module: str, options: EngineOptions, sock: socket.socket, inbox: Inbox, work: list[Any]) -> None:
+    """Load, then serve until PeerGone; an exception of the engine is told to the peer."""
     engine: Engine | None = None
 
     def progress(fraction: float, what: str) -> None:
@@ -110,18 +120,14 @@ def run(name: str, module: str, options: EngineOptions, sock: socket.socket, inb
         sock.sendall(frame(pack_info(info)))
         serve(engine, sock, inbox, work)
     except (PeerGone, BrokenPipeError, ConnectionResetError):
-        return 0
-    except EngineError as error:
-        sock.sendall(frame([FAILED, str(error)]))
-        return 1
+        raise
     except Exception as error:
-        traceback.print_exc()
-        sock.sendall(frame([FAILED, f"engine {name} failed: {type(error).__name__}: {error}"]))
-        return 1
+        if not isinstance(error, EngineError):
+            traceback.print_exc()
+        sock.sendall(frame([FAILED, death_reason(name, error)]))
     finally:
         if engine is not None:
             engine.close()
-    return 0
 
 
 def serve(engine: Engine, sock: socket.socket, inbox: Inbox, work: list[Any]) -> None:
@@ -148,4 +154,4 @@ def serve(engine: Engine, sock: socket.socket, inbox: Inbox, work: list[Any]) ->
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from p2pdyn.core.types import Load
 from p2pdyn.engines import registry
-from p2pdyn.engines.base import Engine, EngineError, EngineInfo, EngineOptions, Progress, Sequence, Step
+from p2pdyn.engines.base import Engine, EngineError, EngineInfo, EngineOptions, Progress, Sequence, Step, death_reason
 from p2pdyn.engines.child import ChildRunner
 
 OnStep = Callable[[Step], None]
@@ -187,8 +187,3 @@ class InProcessRunner:
             traceback.print_exception(error, file=sys.stderr)
         self._stop()
         self.on_death(death_reason(self._name, error))
-
-
-def death_reason(name: str, error: Exception) -> str:
-    """One line for the log and for the frontends; the traceback has gone to stderr."""
-    return str(error) if isinstance(error, EngineError) else f"engine {name} failed: {type(error).__name__}: {error}"
