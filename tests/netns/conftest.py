@@ -16,6 +16,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.netns)
+            item.add_marker(pytest.mark.timeout(180))  # a partition alone may take 35 s to heal
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from typing import Any
 
 from support.nodes import NodeProcess
 
-STEP_S = 10.0
+STEP_S = 40.0
+"""A machine under full load starts a process slowly."""
 
 
 def missing() -> str:
