@@ -23,7 +23,7 @@ from p2pdyn.core.membership_claims import CLAIM, CLAIM_RETRY
 from p2pdyn.core.membership_config import MembershipConfig
 from p2pdyn.core.membership_context import Context
 from p2pdyn.core.membership_gossip import ROUND, Spreader
-from p2pdyn.core.membership_merge import SUSPECTED, Merger
+from p2pdyn.core.membership_merge import LAST_WORD, SUSPECTED, Merger
 from p2pdyn.core.membership_probe import FAIL, INDIRECT, PROBE, RELAY, REPROBE, RETRY, Prober
 from p2pdyn.core.membership_roster import ALIVE, Member
 from p2pdyn.core.membership_sync import HEAL, JOIN, SYNC, Syncer
@@ -53,6 +53,7 @@ class Membership:
             RELAY: self._prober.relay_over,
             REPROBE: self._prober.reprobe,
             SUSPECTED: self._merger.suspicion_over,
+            LAST_WORD: self._merger.last_word,
             CLAIM: self._merger.claims.expired,
             CLAIM_RETRY: self._merger.claims.retry,
             ROUND: self._spreader.round,

@@ -46,6 +46,10 @@ class MembershipConfig:
     confirmations: int = 3
     """Origins besides the first that bring a suspicion to its shortest."""
 
+    last_word_s: float = 1.5
+    """Before its own suspicion of somebody ends a node asks the suspect itself. One node in ten thousand misses a
+    refutation that gossip spreads; without this question it would declare a false death."""
+
     reprobe_s: float = 1.0
     """The accuser probes its suspect again this often, with the accusation on it."""
 

@@ -13,9 +13,10 @@ from p2pdyn.core.membership_gossip import Spreader
 from p2pdyn.core.membership_roster import ALIVE, STATES, Member, rumour, whole_record
 from p2pdyn.core.suspicion import Suspicion
 from p2pdyn.core.types import DEAD, LEFT, SUSPECT, NodeId, Version
-from p2pdyn.wire.control import ALIVE_CODE, SUSPECT_CODE, Gossip, Record
+from p2pdyn.wire.control import ALIVE_CODE, SUSPECT_CODE, Gossip, Ping, Record
 
 SUSPECTED = "suspected"
+LAST_WORD = "last-word"
 ISOLATED_TEXT = "most peers stopped answering at once: this node's own network is the likelier cause; check its link"
 
 
@@ -126,7 +127,7 @@ class Merger:
             self._context.put(member)
             fresh = True
         if fresh:
-            self._context.arm_at(suspicion.deadline, SUSPECTED, member.id)
+            self._time(member.id, suspicion)
             self._spreader.tell(rumour(member, SUSPECT, origin))
 
     def _begin_suspicion(self, member: Member, origin: str) -> None:
@@ -136,7 +137,7 @@ class Merger:
         needed = max(0, min(config.confirmations, nodes - 2))
         suspicion = Suspicion(origin, needed, shortest, shortest * config.suspicion_max, context.running)
         self.suspicions[member.id] = suspicion
-        context.arm_at(suspicion.deadline, SUSPECTED, member.id)
+        self._time(member.id, suspicion)
         context.put(replace(member, state=SUSPECT, since=context.now))
         self._spreader.tell(rumour(member, SUSPECT, origin), own=origin == context.roster.id)
 
@@ -148,6 +149,22 @@ class Merger:
             return
         self._suspect(member, member.version, context.roster.id)
         context.send(member.address, Gossip((rumour(member, SUSPECT, context.roster.id),)))
+
+    def _time(self, node: NodeId, suspicion: Suspicion) -> None:
+        self._context.arm_at(suspicion.deadline, SUSPECTED, node)
+        self._context.arm_at(suspicion.deadline - self._context.config.last_word_s, LAST_WORD, node)
+
+    def last_word(self, subject: object) -> None:
+        """The refutation may have missed us alone: ask the suspect itself, twice, before its time is up."""
+        context = self._context
+        member = context.roster.members.get(subject)  # type: ignore[call-overload]
+        suspicion = self.suspicions.get(subject)  # type: ignore[call-overload]
+        if member is None or suspicion is None:
+            return
+        context.send(member.address, Ping(context.number(), member.id, (rumour(member, SUSPECT, context.roster.id),)))
+        half = context.config.last_word_s / 2
+        if suspicion.deadline - context.running > half:
+            context.arm(half, LAST_WORD, subject)
 
     def suspicion_over(self, subject: object) -> None:
         """The time to refute is up: dead, unless we have reason to doubt ourselves."""
@@ -175,7 +192,7 @@ class Merger:
         context.actions.append(Alarm("isolated", "", 0.0))
         for node, suspicion in self.suspicions.items():
             suspicion.restart(context.running)
-            context.arm_at(suspicion.deadline, SUSPECTED, node)
+            self._time(node, suspicion)
 
     def end_life(self, member: Member, by: NodeId) -> None:
         """Direct evidence that this life of the member is over: another id answers at its address."""
@@ -197,6 +214,7 @@ class Merger:
     def _end_suspicion(self, node: NodeId) -> None:
         if self.suspicions.pop(node, None) is not None:
             self._context.timers.cancel(SUSPECTED, node)
+            self._context.timers.cancel(LAST_WORD, node)
 
     def _limit_the_dead(self) -> None:
         roster = self._context.roster

@@ -39,8 +39,9 @@ class Suspicion:
         return origin in self._origins
 
     def confirm(self, origin: str) -> bool:
-        """Count an accuser. True if it was news, worth passing on; origins past the needed number are not."""
-        if origin in self._origins or self.confirmations >= self._needed:
+        """Count an accuser. True if it was news, worth passing on; origins past the needed number are not, nor is an
+        unnamed one (from a Sync: it may be somebody who was counted already)."""
+        if not origin or origin in self._origins or self.confirmations >= self._needed:
             return False
         self._origins.add(origin)
         return True

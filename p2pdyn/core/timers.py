@@ -5,6 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
+ROUNDING_S = 1e-6
+"""A deadline goes out and comes back through additions: one that missed by a rounding error would come up for ever."""
+
 Timer = tuple[str, object]
 """(kind, subject)."""
 
@@ -45,7 +48,7 @@ class Timers:
 
     def due(self, now: float) -> Iterator[Timer]:
         """Take each timer whose time has come, in order, those armed meanwhile included."""
-        while (at := self.next()) is not None and at <= now:
+        while (at := self.next()) is not None and at <= now + ROUNDING_S:
             _, _, timer = heapq.heappop(self._heap)
             del self._live[timer]
             yield timer

@@ -1,4 +1,4 @@
-"""``p2pdyn bench membership``: how fast everybody knows of a death, what that costs, how often the living are accused."""
+"""``p2pdyn bench membership``: how fast everybody knows of a death, what it costs, how often the living are accused."""
 
 from __future__ import annotations
 
