@@ -111,13 +111,8 @@ def test_a_frontend_without_workers_says_so(cluster: Cluster) -> None:
     ask(frontend, max_tokens=2)
     assert worker.stop() == 0
 
-    def unavailable() -> bool:
-        try:
-            ask(frontend, max_tokens=2)
-        except openai.InternalServerError as error:
-            assert error.status_code == 503
-            assert error.response.headers["retry-after"]
-            return True
-        return False
-
-    wait_for(unavailable, 5, "503 while a known model has no worker")
+    wait_for(lambda: not ready_workers(frontend, cluster), 5, "the worker to be gone")
+    with pytest.raises(openai.InternalServerError) as unavailable:
+        ask(frontend, max_tokens=2)
+    assert unavailable.value.status_code == 503
+    assert unavailable.value.response.headers["retry-after"]
