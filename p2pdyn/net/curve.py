@@ -92,14 +92,13 @@ def write_key_file(path: Path | str) -> str:
 def _read_key_file(path: Path) -> tuple[Keypair, ...]:
     try:
         with path.open(encoding="ascii") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            if os.fstat(file.fileno()).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise KeyFileError(f"the cluster key file {path} is open to other users: run `chmod 600 {path}`")
             text = file.read(4096)
     except UnicodeDecodeError:
         raise KeyFileError(f"{path} is not a cluster key file: make one with `p2pdyn keygen FILE`") from None
     except OSError as error:
         raise KeyFileError(f"cannot read the cluster key file {path}: {error.strerror}") from None
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise KeyFileError(f"the cluster key file {path} is open to other users: run `chmod 600 {path}`")
     lines = [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not 1 <= len(lines) <= MAX_KEYS:
         raise KeyFileError(

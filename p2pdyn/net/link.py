@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 import zmq
 
 from p2pdyn.core.types import Address
 
-BATCH = 128
-"""Messages in one turn of the loop: at 50 us each this holds everything else up for 6 ms."""
+BATCH, BATCH_S = 128, 0.005
+"""Messages, and seconds, in one turn of the loop: a burst, or a few large prompts, must not hold everything else up."""
 
 MAX_FRAMES = 8
 """Frames of a message that anybody here has a use for; a longer one is dropped as it is read."""
@@ -122,6 +123,7 @@ class Link:
 
     def _drain(self) -> None:
         try:
+            until = monotonic() + BATCH_S
             for _ in range(BATCH):
                 message = read_message(self._socket)
                 if message is None:
@@ -129,8 +131,8 @@ class Link:
                 self._first, frames = message
                 if len(frames) <= MAX_FRAMES:
                     self._receive(frames)
-                if self._closed:
-                    return
+                if self._closed or monotonic() > until:
+                    break
         finally:
             self._first = None
             if self._batch_done is not None and not self._closed:

@@ -134,9 +134,10 @@ class Mesh:
         return [text for until, text in self._alarms.values() if until > now]
 
     def refused(self) -> dict[str, int]:
-        """How often each address was turned away, for another or no cluster key, or for another cluster."""
-        refused: Counter[str] = Counter(self._sockets.complaints.by_source("refused-key"))
-        refused.update(self.complaints.by_source("foreign-cluster"))
+        """How often each address was turned away: another or no cluster key, no peer at all, or another cluster."""
+        refused: Counter[str] = Counter(self.complaints.by_source("foreign-cluster"))
+        for kind in ("refused-key", "bad-handshake"):
+            refused.update(self._sockets.complaints.by_source(kind))
         return dict(refused)
 
     @property

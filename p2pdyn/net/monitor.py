@@ -217,6 +217,8 @@ def _why_turned_away(event: int, value: int) -> tuple[str, str]:
         return "refused-key", "it has another cluster key"
     if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH:
         return "refused-key", "one of the two has a cluster key and the other none"
+    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+        return "bad-handshake", "it hung up in the handshake: one of the two has another cluster key, or it is no peer"
     return "bad-handshake", "it does not speak as a p2pdyn peer does"
 
 
