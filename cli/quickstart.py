@@ -196,7 +196,7 @@ def _progress(client: Client) -> str:
     for peer in peers:
         if peer["engine"] != "none":
             # In tens of percent, so that a log without a terminal stays short.
-            share = f" {peer['progress'] * 10:.0f}0 %" if peer["state"] == "loading" else ""
+            share = f" {round(peer['progress'] * 10) * 10} %" if peer["state"] == "loading" else ""
             parts.append(f"{peer['name']}: {peer['state']}{share}{' ' * bool(peer['detail'])}{peer['detail']}")
     return "; ".join(parts)
 

@@ -47,6 +47,7 @@ from p2pdyn.text.card import ModelCard
 log = logging.getLogger(__name__)
 
 Ready = Callable[[ReadyInfo], Awaitable[None] | None]
+Seen = Callable[[NodeId, str], None]
 
 DRAIN_S = 20.0
 """Longest that requests may go on after the first stop signal."""
@@ -58,13 +59,14 @@ STALL_S = 30.0
 seconds, never this)."""
 
 
-async def run(config: Config, *, ready: Ready, stop: asyncio.Event) -> int:
-    """Run one peer until ``stop`` is set (again: at once); the exit code.
+async def run(config: Config, *, ready: Ready, stop: asyncio.Event, seen: Seen | None = None) -> int:
+    """Run one peer until ``stop`` is set (again: at once); the exit code. ``seen`` hears of each peer's state as this
+    one sees it, once this one's frontend knows it too.
 
     Raises ConfigError and StartError with one sentence each.
     """
     with DataDir(config.data_dir) as data:
-        node = Node(config, data)
+        node = Node(config, data, seen)
         try:
             await node.start(ready)
             return await node.serve(stop)
@@ -75,8 +77,9 @@ async def run(config: Config, *, ready: Ready, stop: asyncio.Event) -> int:
 class Node:
     """The composition root. Nothing else knows all parts."""
 
-    def __init__(self, config: Config, data: DataDir) -> None:
+    def __init__(self, config: Config, data: DataDir, seen: Seen | None = None) -> None:
         self.config = config
+        self.seen = seen
         self.data = data
         self.rng = random.Random()
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -306,6 +309,8 @@ class Node:
                 for p in self.mesh.peers.values()
                 if p.state in ("alive", "suspect")
             )
+        if self.seen is not None:
+            self.seen(peer.id, peer.info.state if peer.state == "alive" else peer.state)
 
     def _fatal(self, text: str) -> None:
         if not self.ended.done():

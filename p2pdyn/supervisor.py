@@ -15,7 +15,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 
 from p2pdyn import node
@@ -36,18 +36,19 @@ from p2pdyn.core.supervise import (
     Terminate,
     Tick,
 )
+from p2pdyn.core.types import READY, NodeId
 
 log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
+FAILED = 1
+"""Exit code."""
 MAX_LINE = 64 * 1024
 """Bytes of a worker's output held until its line ends."""
-READY_LINE = re.compile(r"ready node=\S+ mesh=\S+ http=\S+ model=(?P<model>\S+) role=(?P<role>\S+)")
-
-Ready = Callable[[ReadyInfo], Awaitable[None] | None]
+READY_LINE = re.compile(r"ready node=(?P<node>\S+) mesh=\S+ http=\S+ model=(?P<model>\S+) role=(?P<role>\S+)")
 
 
-async def run(config: Config, *, ready: Ready, stop: asyncio.Event) -> int:
+async def run(config: Config, *, ready: node.Ready, stop: asyncio.Event) -> int:
     """Run peer 0 and its workers until ``stop`` is set (again: at once); the exit code.
 
     Raises ConfigError and StartError as :func:`p2pdyn.node.run` does.
@@ -58,14 +59,19 @@ async def run(config: Config, *, ready: Ready, stop: asyncio.Event) -> int:
 class Supervisor:
     """The shell: processes, pipes and signals."""
 
-    def __init__(self, config: Config, ready: Ready) -> None:
+    def __init__(self, config: Config, ready: node.Ready) -> None:
         self.config = config
         self.core = Supervision(len(config.workers))
         self.processes: dict[int, asyncio.subprocess.Process] = {}
         self.served: dict[int, tuple[str, str]] = {}
+        """Model and role of each worker, from its ready line."""
+        self._nodes: dict[NodeId, int] = {}
+        self._seen: dict[NodeId, str] = {}
+        """Every peer's state as peer 0 sees it: a worker counts as ready once its requests can be routed."""
         self._early: dict[int, signal.Signals] = {}
         """Signals for workers that are just being started."""
         self._tell_ready = ready
+        self._closed = False
         self._info: ReadyInfo | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,7 +79,9 @@ class Supervisor:
 
     async def run(self, stop: asyncio.Event) -> int:
         stop_peer = asyncio.Event()
-        peer = asyncio.create_task(node.run(self.config.frontend(), ready=self._peer_ready, stop=stop_peer))
+        peer = asyncio.create_task(
+            node.run(self.config.frontend(), ready=self._peer_ready, stop=stop_peer, seen=self._saw)
+        )
         signals = asyncio.create_task(self._forward(stop))
         try:
             await asyncio.wait([peer, self._finished], return_when=asyncio.FIRST_COMPLETED)
@@ -86,8 +94,9 @@ class Supervisor:
                 await self._finished
             return peer.result()
         finally:
+            self._closed = True
             signals.cancel()
-            await self._kill_all()
+            self._kill_all()
             peer.cancel()
             await asyncio.gather(signals, peer, *self._tasks, return_exceptions=True)
 
@@ -102,6 +111,8 @@ class Supervisor:
         self._handle(Begin())
 
     def _handle(self, event: Event) -> None:
+        if self._closed:
+            return
         loop = asyncio.get_running_loop()
         for action in self.core.handle(event, loop.time()):
             self._carry_out(action)
@@ -164,14 +175,24 @@ class Supervisor:
         )
         code = await process.wait()
         self.processes.pop(i, None)
+        for peer in [peer for peer, worker in self._nodes.items() if worker == i]:
+            # What is seen of it from now on is its past, until its next ready line.
+            del self._nodes[peer]
         self._handle(Exited(i, code))
 
     def _said(self, i: int, line: str) -> None:
         if match := READY_LINE.fullmatch(line):
             self.served[i] = match["model"], match["role"]
-            self._handle(BecameReady(i))
+            peer = NodeId(match["node"])
+            self._nodes[peer] = i
+            self._saw(peer, self._seen.get(peer, ""))
         else:
             _forward_line(self.config.workers[i].name, line)
+
+    def _saw(self, peer: NodeId, state: str) -> None:
+        self._seen[peer] = state
+        if state == READY and peer in self._nodes:
+            self._handle(BecameReady(self._nodes[peer]))
 
     def _signal(self, i: int, number: signal.Signals) -> None:
         process = self.processes.get(i)
@@ -181,17 +202,24 @@ class Supervisor:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(number)
 
-    async def _kill_all(self) -> None:
+    def _kill_all(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
 
-    def _background(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
+    def _background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("supervising failed: please report it", exc_info=error)
+            if not self._finished.done():
+                self._finished.set_result(FAILED)
 
 
 async def _lines(stream: asyncio.StreamReader, say: Callable[[str], None]) -> None:
