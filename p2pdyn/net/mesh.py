@@ -40,8 +40,8 @@ FUTURE_ALARM_S = 600.0
 class Peer:
     """A member as this peer sees it now. ``state`` is alive, suspect, dead or left; ``info`` is what it says of itself.
 
-    ``last_seen_s`` is how long ago it was heard itself, in seconds; ``clock_s`` how far its wall clock is ahead of ours,
-    in seconds, None if not known.
+    ``last_seen_s`` is how many seconds ago it was heard itself; ``clock_s`` how many its wall clock is ahead of ours,
+    None if not known.
     """
 
     id: NodeId
