@@ -363,9 +363,11 @@ class SimEngine:
             self._preempt(youngest)
             if youngest is run:
                 return
-        run.tail = bytes(self.pool.view(run.blocks[-1]))
-        run.blocks.append(self.cache.allocate())
-        self._look(run)
+        last, block = run.blocks[-1], self.cache.allocate()
+        run.tail = bytes(self.pool.view(last))
+        run.last = self.pool.view(block)
+        self.pool.extend(run.spans, last, block)
+        run.blocks.append(block)
 
     def _look(self, run: Run) -> None:
         """The sequence's blocks have changed."""

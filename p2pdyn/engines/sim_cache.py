@@ -40,3 +40,11 @@ class KvPool:
             end = block + 1
         views.append(data[start * stride : end * stride])
         return views
+
+    def extend(self, spans: list[memoryview], last: int, block: int) -> None:
+        """Add ``block`` behind ``last`` to what :meth:`spans` gave."""
+        if block != last + 1:
+            spans.append(self.view(block))
+        else:
+            end = (block + 1) * self.stride
+            spans[-1] = self.data[end - self.stride - len(spans[-1]) : end]
