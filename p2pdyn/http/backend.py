@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from p2pdyn.core.request import Job, Sink
 from p2pdyn.text.card import ModelCard
 
-
 Metric = tuple[str, str, str, list[tuple[dict[str, str], float]]]
 """(name, type, help, [(labels, value)])."""
 

@@ -10,14 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from p2pdyn.core.request import Job, Rejected
-from p2pdyn.core.types import SamplingParams
 from p2pdyn.http.backend import Backend
 from p2pdyn.http.errors import HttpError, bad
 from p2pdyn.http.exchange import EXTENSION, Exchange
 from p2pdyn.http.formats import ChatFormat, CompletionFormat, Shape
 from p2pdyn.http.metrics import HttpMetrics
 from p2pdyn.http.openai import COMPLETION_TOKENS, SEED_MASK, Ask, chat_ask, completion_ask, parse
-from p2pdyn.http.reply import Reply
+from p2pdyn.http.reply import Pacer, Reply
 from p2pdyn.http.speech import Speech, Speeches
 from p2pdyn.text.template import TemplateError
 
@@ -36,6 +35,7 @@ class Generations:
         self._metrics = metrics
         self._speeches = Speeches(backend)
         self._loop = asyncio.get_running_loop()
+        self._pacer = Pacer(self._loop)
 
     async def chat(self, scope: Any, receive: Any, send: Any) -> None:
         await self._answer(scope["extensions"][EXTENSION]["exchange"], True)
@@ -51,71 +51,69 @@ class Generations:
             speech = await self._speeches.of(content["model"])
             ask = (chat_ask if chat else completion_ask)(content, speech.card)
             prompts = [await _chat_prompt(ask, speech)] if chat else await _prompts(ask, speech)
-            self._check_room(ask, prompts, speech)
+            room = self._room(ask, prompts, speech)
             if not exchange.disconnected:
-                self._start(exchange, ask, prompts, speech, chat, began)
+                jobs = _jobs(exchange, ask, prompts, room)
+                self._reply(exchange, ask, prompts, speech, began).start(jobs)
         except HttpError as error:
             exchange.fail(error)
         except Rejected as rejected:
             exchange.fail(HttpError.of(rejected.failure))
 
-    def _check_room(self, ask: Ask, prompts: list[Prompt], speech: Speech) -> None:
-        """Every prompt and its max_tokens must fit into the context; without max_tokens the rest of it is used."""
+    def _room(self, ask: Ask, prompts: list[Prompt], speech: Speech) -> list[int]:
+        """Tokens that the context leaves behind each prompt; HttpError 400 if max_tokens does not fit."""
         served = (status.context for status in self._backend.models() if status.name == ask.model)
-        context = next(served, 0) or speech.card.context
-        longest = max(len(tokens) for tokens, _ in prompts)
-        if not min(len(tokens) for tokens, _ in prompts):
+        context = next(served, 0) or speech.card.context or 2**31
+        lengths = [len(tokens) for tokens, _ in prompts]
+        if 0 in lengths:
             raise bad("The prompt is empty: it must have at least one token.", "prompt")
-        room = context - longest if context else 2**31 - 1
-        if room < 1 or (ask.max_tokens or 1) > room:
-            asked = f" and max_tokens is {ask.max_tokens}" if ask.max_tokens and room >= 1 else ""
-            message = (
-                f"The context has {context} tokens; the prompt has {longest}{asked}: shorten the one or the other."
-            )
+        if max(lengths) + (ask.max_tokens or 1) > context:
+            asked = f" and max_tokens is {ask.max_tokens}" if ask.max_tokens else ""
+            message = f"The context has {context} tokens; the prompt has {max(lengths)}{asked}: shorten one of them."
             raise bad(message, "messages" if ask.messages else "prompt", "context_length_exceeded")
+        return [context - length for length in lengths]
 
     def _start(
-        self, exchange: Exchange, ask: Ask, prompts: list[Prompt], speech: Speech, chat: bool, began: float
+        self,
+        exchange: Exchange,
+        ask: Ask,
+        prompts: list[Prompt],
+        room: list[int],
+        speech: Speech,
+        chat: bool,
+        began: float,
     ) -> None:
         tokenizer = speech.tokenizer
         shape: type[Shape] = ChatFormat if chat else CompletionFormat
         form = shape(secrets.token_hex(12), ask.model, tokenizer, ask.include_usage)
-        reply = Reply(exchange, self._backend, self._metrics, form, ask, tokenizer, _silent(ask, speech), began)
+        reply = Reply(
+            exchange, self._backend, self._metrics, form, ask, tokenizer, _silent(ask, speech), began, self._pacer
+        )
         reply.prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
         self._metrics.prompt_tokens += reply.prompt_tokens
-        plain = _job(exchange, ask)
-        jobs = [
-            (replace(plain, tokens=tokens, params=self._params(ask, len(tokens), speech, chat, copy)), number, echo)
-            for number, (tokens, echo) in enumerate(prompts)
-            for copy in range(ask.n)
-        ]
-        reply.start(jobs)
-
-    def _params(self, ask: Ask, prompt: int, speech: Speech, chat: bool, copy: int) -> SamplingParams:
-        """The parameters of one choice: its max_tokens, and for further choices of one prompt a seed of its own."""
-        most = ask.max_tokens
-        if most is None:
-            served = (status.context for status in self._backend.models() if status.name == ask.model)
-            room = (next(served, 0) or speech.card.context or 2**31 - 1) - prompt
-            most = room if chat else min(COMPLETION_TOKENS, room)
-        params = ask.params
-        seed = params.seed if params.seed is None else (params.seed + copy) & SEED_MASK
-        return replace(params, max_tokens=most, seed=seed, min_tokens=min(params.min_tokens, most))
+        return reply
 
 
-def _job(exchange: Exchange, ask: Ask) -> Job:
+def _jobs(
+    exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int], chat: bool
+) -> list[tuple[Job, int, str]]:
+    """(job, number of its prompt, text to echo) of every choice, ``n`` of each prompt in a row."""
     fields = exchange.fields
-    trace = fields.get(b"traceparent", b"")
-    return Job(
-        ask.model,
-        array("I"),
-        ask.params,
-        ask.resumable,
-        pin=_routing(fields, b"x-p2pdyn-pin"),
-        session=_routing(fields, b"x-p2pdyn-session"),
-        request_id=exchange.request_id.decode(),
-        traceparent=trace.decode() if TRACEPARENT.fullmatch(trace) else "",
-    )
+    pin, session = _routing(fields, b"x-p2pdyn-pin"), _routing(fields, b"x-p2pdyn-session")
+    name, trace = exchange.request_id.decode(), fields.get(b"traceparent", b"")
+    trace = trace if TRACEPARENT.fullmatch(trace) else b""
+    jobs: list[tuple[Job, int, str]] = []
+    for number, (tokens, echo) in enumerate(prompts):
+        most = ask.max_tokens or (room[number] if ask.messages else min(COMPLETION_TOKENS, room[number]))
+        for copy in range(ask.n):
+            params = ask.params
+            if jobs:  # the first takes the request's own
+                seed = params.seed if params.seed is None else (params.seed + copy) & SEED_MASK
+                params = replace(params, seed=seed)
+            params.max_tokens, params.min_tokens = most, min(params.min_tokens, most)
+            job = Job(ask.model, tokens, params, ask.resumable, pin, session, name, trace.decode())
+            jobs.append((job, number, echo))
+    return jobs
 
 
 def _routing(fields: dict[bytes, bytes], name: bytes) -> str:
