@@ -98,7 +98,7 @@ class Link:
                 self._socket.send(frame, MORE)
             self._socket.send(frames[-1], DONTWAIT)
             sent = True
-        except zmq.ZMQError as error:  # only ever at the first frame: the others follow where it went
+        except zmq.ZMQError as error:  # at the first frame; or at the last, and then libzmq takes the others back
             if error.errno not in _GONE:
                 raise
             self.unsent += 1
