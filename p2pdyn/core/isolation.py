@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections import deque
 
 
+ROUNDING_S = 1e-3
+"""Less than this left is nothing left: adding it to the time might not change the time."""
+
+
 class Isolation:
     """The outcome of the last probes: is it them, or is it me? (grafana/dskit PR 1034 is what happens without it.)"""
 
@@ -29,7 +33,8 @@ class Isolation:
             if not self.doubtful():
                 return 0.0
             self.since = now
-        return max(0.0, self.since + self._hold_s - now)
+        left = self.since + self._hold_s - now
+        return left if left > ROUNDING_S else 0.0
 
     def ended(self) -> bool:
         """True once, when the doubt is over."""

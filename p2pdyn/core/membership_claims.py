@@ -54,7 +54,7 @@ class Claims:
         claim = self._open.get(subject)  # type: ignore[call-overload]
         if claim is not None:
             self._context.send(claim.holder, Ping(claim.seq, claim.record.id, ()))
-            self._context.arm(self._context.config.indirect_s, CLAIM_RETRY, subject)
+            self._context.arm(self._context.config.indirect_small_s, CLAIM_RETRY, subject)
 
     def answered(self, ack: Ack) -> bool:
         """Whether the Ack belonged to a claim: then it is decided."""

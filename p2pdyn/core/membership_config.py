@@ -20,11 +20,13 @@ class MembershipConfig:
     retry_s: float = 0.3
     """Second Ping. Above a LAN round trip by far, above TCP's least retransmission time (0.2 s)."""
 
-    indirect_s: float = 0.6
-    """Third Ping, and PingReqs. Long enough for one retransmission each way on an open link."""
+    indirect_small_s: float = 0.6
+    indirect_large_s: float = 1.2
+    """Third Ping, and PingReqs. Small: after one retransmission each way on an open link. Large: the link must first be
+    opened, so after TCP's second SYN (1 s); a PingReq opens another, and that costs more bytes than all else."""
 
     fail_small_s: float = 1.5
-    fail_large_s: float = 2.0
+    fail_large_s: float = 2.6
     """A probe without answer has failed. In a large cluster it may have to open a connection first, and the indirect
     ones must outlast the 1 s that TCP waits before it repeats a lost SYN."""
 
@@ -32,7 +34,7 @@ class MembershipConfig:
     """Peers asked for an indirect probe."""
 
     nack_s: float = 0.5
-    """A relay repeats its ping and says Nack after this long; indirect_s + nack_s + a retransmission < fail_small_s."""
+    """A relay repeats its ping and says Nack after this long: it must still reach the asker before its fail time."""
 
     awareness: int = 8
     """Local health scores 0 .. awareness - 1."""
@@ -121,6 +123,9 @@ class MembershipConfig:
 
     def probe_interval(self, nodes: int) -> float:
         return self.probe_small_s if nodes <= self.small else self.probe_large_s
+
+    def indirect_after(self, nodes: int) -> float:
+        return self.indirect_small_s if nodes <= self.small else self.indirect_large_s
 
     def fail_after(self, nodes: int) -> float:
         return self.fail_small_s if nodes <= self.small else self.fail_large_s

@@ -104,7 +104,8 @@ class Prober:
         context, config = self._context, self._context.config
         if (found := self._open(subject)) is not None:
             self._ping(subject, found[1])  # type: ignore[arg-type]
-            context.arm(context.awareness.scale(config.indirect_s - config.retry_s), INDIRECT, subject)
+            left = config.indirect_after(context.roster.nodes) - config.retry_s
+            context.arm(context.awareness.scale(left), INDIRECT, subject)
 
     def indirect(self, subject: object) -> None:
         """Once more, and through others, to whom our links are open."""
@@ -120,7 +121,8 @@ class Prober:
         for node in relays:
             request = PingReq(subject, member.id, member.address.host, member.address.port, ())
             context.send(context.roster.members[node].address, request)
-        left = config.fail_after(context.roster.nodes) - config.indirect_s
+        nodes = context.roster.nodes
+        left = config.fail_after(nodes) - config.indirect_after(nodes)
         context.arm(context.awareness.scale(left), FAIL, subject)
 
     def fail(self, subject: object) -> None:
