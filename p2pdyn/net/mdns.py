@@ -52,6 +52,7 @@ MAX_REPORTED = 1024
 """Bounds on what a hostile local network can make us hold."""
 
 _LABEL_MAX = 63
+_TROUBLE = (OSError, RuntimeError, ValueError, TimeoutError, ZeroconfError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,7 @@ class Mdns:
     ) -> None:
         self.local = Announcement(node, cluster, name, key_fingerprint, __version__, port, tuple(addresses))
         self._interfaces = {i.name: i for i in interfaces}
+        self.running = True
         self._on_peer = on_peer
         self._on_refused = on_refused
         self._reported: set[tuple[str, str]] = set()
@@ -149,14 +151,9 @@ class Mdns:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
-        """Announce and browse. Network trouble is a warning, not an error: peers may still come through seeds."""
+        """Announce and browse. Network trouble is a warning and tried again: peers may still come through seeds."""
         self._choices = self._usable_choices(list(self._interfaces.values()))
-        try:
-            await self._open()
-        except (OSError, RuntimeError, TimeoutError, ZeroconfError) as error:
-            log.warning("mDNS is off (%s): name peers with --seed, or free UDP port 5353", error)
-            await self._shut()
-            return
+        await self._ask()
         self._keep(asyncio.create_task(self._watch(), name="mdns-watch"))
 
     async def close(self) -> None:
@@ -168,6 +165,23 @@ class Mdns:
         await self._shut()
 
     # ---- zeroconf's life ----
+
+    async def _ask(self) -> None:
+        """Ask the network who is there, now; where it could not be opened before, try again."""
+        if self._zeroconf is not None:
+            self._browse()
+            return
+        try:
+            await self._open()
+        except _TROUBLE as error:
+            if self.running:
+                log.warning("mDNS is off for now (%s): name peers with --seed, or free UDP port 5353", error)
+            self.running = False
+            await self._shut()
+        else:
+            if not self.running:
+                log.info("mDNS is on again")
+            self.running = True
 
     async def _open(self) -> None:
         self._zeroconf = AsyncZeroconf(interfaces=self._choices)
@@ -182,9 +196,8 @@ class Mdns:
                 await asyncio.wait_for(zeroconf.async_close(), 3)
 
     def _browse(self) -> None:
-        """Ask who is there, now: a new browser queries within 120 ms and also reports what is in the cache."""
-        if self._zeroconf is None:
-            return
+        """A new browser queries within 120 ms and also reports what is in the cache."""
+        assert self._zeroconf is not None
         if self._browser is not None:
             self._keep(asyncio.ensure_future(self._browser.async_cancel()))
         self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, SERVICE, handlers=[self._changed])
@@ -203,9 +216,12 @@ class Mdns:
             changed = False
             while not changed and loop.time() < due:
                 await asyncio.sleep(POLL_S)
-                changed = await self._follow()
+                try:
+                    changed = await self._follow()
+                except _TROUBLE as error:
+                    log.warning("mDNS could not follow a change of interfaces (%s)", error)
             wait = REQUERY_MIN_S if changed else min(2 * wait, REQUERY_MAX_S)
-            self._browse()
+            await self._ask()
 
     async def _follow(self) -> bool:
         """Bring zeroconf's sockets in line with the interfaces as they are now. True when something changed."""
@@ -213,17 +229,14 @@ class Mdns:
         up = {nic.name for nic in snapshot if nic.up}
         current = [self._narrow(i) for i in nics.rank(snapshot) if i.name in up and i.addresses]
         choices = self._usable_choices(current)
-        if choices == self._choices or self._zeroconf is None:
+        if choices == self._choices:
             return False
         self._choices, self._networks = choices, _networks(current)
-        try:
-            if hasattr(self._zeroconf, "async_update_interfaces"):  # zeroconf >= 0.150; re-announces by itself
-                await asyncio.wait_for(self._zeroconf.async_update_interfaces(choices), 10)
-            else:
-                await self._shut()
-                await self._open()
-        except (OSError, RuntimeError, TimeoutError, ZeroconfError) as error:
-            log.warning("mDNS could not follow a change of interfaces (%s)", error)
+        zeroconf: Any = self._zeroconf
+        if hasattr(zeroconf, "async_update_interfaces"):  # zeroconf >= 0.150; re-announces by itself
+            await asyncio.wait_for(zeroconf.async_update_interfaces(choices), 10)
+        else:
+            await self._shut()
         return True
 
     def _narrow(self, now: Interface) -> Interface:
@@ -264,13 +277,15 @@ class Mdns:
         if self._zeroconf is None:
             return
         info = AsyncServiceInfo(SERVICE, name)
-        if await info.async_request(self._zeroconf.zeroconf, RESOLVE_MS):
-            try:
-                heard = read_announcement(info.decoded_properties, info.port, info.parsed_scoped_addresses())
-            except (UnicodeDecodeError, ValueError):
+        try:
+            if not await info.async_request(self._zeroconf.zeroconf, RESOLVE_MS):
                 return
-            if heard is not None and heard.cluster == self.local.cluster:
-                self._judge(heard)
+            heard = read_announcement(info.decoded_properties, info.port, info.parsed_scoped_addresses())
+        except _TROUBLE as error:  # what others send may be anything
+            log.debug("mDNS: %s cannot be read (%s)", name, error)
+            return
+        if heard is not None and heard.cluster == self.local.cluster:
+            self._judge(heard)
 
     def _judge(self, heard: Announcement) -> None:
         if why := refusal(heard, self.local.key):

@@ -18,6 +18,13 @@ while True:
     server.accept()[0].close()
 """
 CLIENT = "import socket,sys; socket.create_connection((sys.argv[1], 7400), timeout=1).close()"
+HOLDER = """
+import socket, time
+held = socket.socket(type=socket.SOCK_DGRAM)
+held.bind(("", 5353))
+print("up", flush=True)
+time.sleep(60)
+"""
 ANNOUNCE = textwrap.dedent("""
     import asyncio, sys
     from p2pdyn.net.interfaces import pick
@@ -104,6 +111,24 @@ def test_mdns_works_where_there_is_only_ipv6(lab: Lab) -> None:
     assert second.stdout is not None
     assert first.stdout.readline() == "[fd00:20::2]:7400 host-2\n"
     assert second.stdout.readline() == "[fd00:20::1]:7400 host-1\n"
+
+
+def test_mdns_comes_back_once_its_port_is_free(lab: Lab) -> None:
+    switch = lab.switch("10.20.1")
+    a, b = lab.host("a", switch, 1), lab.host("b", switch, 2)
+    holder = python(
+        b,
+        HOLDER,
+    )
+    impatient = ANNOUNCE.replace(
+        "async def main", "from p2pdyn.net import mdns\nmdns.REQUERY_MIN_S = 0.5\n\nasync def main"
+    )
+    blocked, free = python(b, impatient, "2"), python(a, ANNOUNCE, "1")
+    holder.kill()
+    assert free.stdout is not None
+    assert blocked.stdout is not None
+    assert free.stdout.readline() == "10.20.1.2:7400 host-2\n"
+    assert blocked.stdout.readline() == "10.20.1.1:7400 host-1\n"
 
 
 def test_mdns_follows_an_interface_that_changes_its_address(lab: Lab) -> None:
