@@ -20,12 +20,13 @@ class Complaints:
         self.counts: Counter[str] = Counter()
         self._sources: dict[tuple[str, str], tuple[int, float]] = {}
 
-    def add(self, kind: str, source: str, text: str) -> None:
-        """One more of ``kind`` from ``source``, an address. ``text`` is the line to log."""
+    def add(self, kind: str, source: str, text: str, *, sure: bool = True) -> None:
+        """One more of ``kind`` from ``source``, an address. ``text`` is the line to log; what has an innocent cause
+        too is not ``sure``, and not logged before it happens again."""
         self.counts[kind] += 1
         now = time.monotonic()
         count, said = self._sources.get((kind, source), (0, now - QUIET_S))
-        if now - said >= QUIET_S:
+        if now - said >= QUIET_S and (sure or count > 0):
             log.warning("%s", text)
             said = now
         if len(self._sources) >= MAX_SOURCES and (kind, source) not in self._sources:

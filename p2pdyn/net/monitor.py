@@ -156,7 +156,8 @@ class Dialer:
         self._key = 0
         self._redial = self._loop.call_later(REDIAL_S, self._dial)
         text = f"{self._address} {_why_refused(event, value, bool(self._keys))}"
-        self._complaints.add("refused-by", str(self._address), text)
+        sure = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL  # it may just have been restarted
+        self._complaints.add("refused-by", str(self._address), text, sure=sure)
         self._tell(text)
 
     def _tell(self, reason: str) -> None:
@@ -205,21 +206,23 @@ class Doorman:
             # libzmq reports a failure and then, in the same breath, the descriptor that it closed.
             visitor = self._visitors.pop(value, "somebody")
             if self._failure is not None:
-                kind, text = _why_turned_away(*self._failure)
+                self._turned_away(visitor, *self._failure)
                 self._failure = None
-                self._complaints.add(kind, visitor, f"turned away {visitor}: {text}")
         else:
             self._failure = (event, value)
 
-
-def _why_turned_away(event: int, value: int) -> tuple[str, str]:
-    if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _CRYPTOGRAPHIC:
-        return "refused-key", "it has another cluster key"
-    if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH:
-        return "refused-key", "one of the two has a cluster key and the other none"
-    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-        return "bad-handshake", "it hung up in the handshake: one of the two has another cluster key, or it is no peer"
-    return "bad-handshake", "it does not speak as a p2pdyn peer does"
+    def _turned_away(self, visitor: str, event: int, value: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            # It hung up, or said nothing: a scan, a peer that gave up waiting, one that found our key to be another.
+            self._complaints.counts["abandoned-handshake"] += 1
+        elif value == _CRYPTOGRAPHIC:
+            self._complaints.add("refused-key", visitor, f"turned away {visitor}: it has another cluster key")
+        elif value == _MISMATCH:
+            text = f"turned away {visitor}: one of the two has a cluster key and the other none"
+            self._complaints.add("refused-key", visitor, text)
+        else:
+            text = f"turned away {visitor}: it does not speak as a p2pdyn peer does"
+            self._complaints.add("bad-handshake", visitor, text)
 
 
 def _peer_of(descriptor: int) -> str:

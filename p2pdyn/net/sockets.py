@@ -37,7 +37,7 @@ class Sockets:
     def __init__(self, security: Security) -> None:
         self.security = security
         self.complaints = Complaints()
-        """Refused peers and failed handshakes: ``counts`` by kind (refused-key, bad-handshake, refused-by)."""
+        """Failed handshakes by kind: refused-key, bad-handshake, abandoned-handshake; refused-by: of our own."""
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)

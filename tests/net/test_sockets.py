@@ -459,7 +459,7 @@ def test_a_peer_of_another_key_is_told_and_counted(server: list[Keypair], client
     passed, reason, counts = serve_and_call(server, client)
     assert not passed
     assert re.match(rf"127\.0\.0\.1:\d+ ({why})", reason)
-    assert counts.get("refused-key", 0) + counts.get("bad-handshake", 0) >= 1
+    assert counts.get("refused-key", 0) + counts.get("abandoned-handshake", 0) >= 1
 
 
 def test_knowing_the_servers_public_key_is_not_enough(stalled: Callable[[int], Stalled]) -> None:
