@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -31,8 +31,8 @@ class KeyFileError(ValueError):
 class Keypair:
     """Both in Z85, 40 bytes, as ZeroMQ takes them. The public key is kept as secret as the secret one."""
 
-    public: bytes
-    secret: bytes
+    public: bytes = field(repr=False)
+    secret: bytes = field(repr=False)
 
     @property
     def fingerprint(self) -> str:

@@ -112,6 +112,7 @@ class Dialer:
         self._on_up = on_up
         self._on_down = on_down
         self._key = 0
+        self._dialled = False
         self._up = False
         self._told = False
         self._started = loop.time()
@@ -121,14 +122,16 @@ class Dialer:
 
     def _dial(self) -> None:
         self._redial = None
-        with suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
-            self._socket.disconnect(self._address.endpoint)
+        if self._dialled:
+            with suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
+                self._socket.disconnect(self._address.endpoint)
+        self._dialled = True
         if self._keys:
             # The same pair as server key and as our own: a peer that serves with it accepts it.
             key = self._keys[self._key]
-            self._socket.curve_serverkey = key.public
-            self._socket.curve_publickey = key.public
-            self._socket.curve_secretkey = key.secret
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.public)
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
         self._socket.connect(self._address.endpoint)
 
     def _event(self, event: int, value: int) -> None:

@@ -58,7 +58,7 @@ class Sockets:
         cluster with a key may bind, with a sentence for the user.
         """
         socket = self._socket(zmq.ROUTER, max_size, HIGH_WATER)
-        socket.router_mandatory = True
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         return self._bound(socket, addresses, receive, batch_done)
 
     def dealer(
@@ -117,13 +117,17 @@ class Sockets:
 
     def _socket(self, kind: int, max_size: int, high_water: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
-        socket.linger = 0
-        socket.sndhwm = socket.rcvhwm = high_water
-        socket.maxmsgsize = max_size
-        socket.handshake_ivl = int(HANDSHAKE_S * 1000)
-        socket.heartbeat_ivl = PING_MS
-        socket.heartbeat_timeout = PING_TIMEOUT_MS
-        socket.heartbeat_ttl = PING_TTL_MS
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.SNDHWM, high_water),
+            (zmq.RCVHWM, high_water),
+            (zmq.MAXMSGSIZE, max_size),
+            (zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000)),
+            (zmq.HEARTBEAT_IVL, PING_MS),
+            (zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS),
+            (zmq.HEARTBEAT_TTL, PING_TTL_MS),
+        ):
+            socket.setsockopt(option, value)
         return socket
 
     def _bound(
@@ -135,12 +139,12 @@ class Sockets:
     ) -> Link:
         if self.security.keys:
             key = self.security.keys[0]
-            socket.curve_server = True
-            socket.curve_publickey = key.public
-            socket.curve_secretkey = key.secret
-            socket.zap_domain = DOMAIN
+            socket.setsockopt(zmq.CURVE_SERVER, 1)
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
+            socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
             socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        socket.backlog = BACKLOG
+        socket.setsockopt(zmq.BACKLOG, BACKLOG)
         doorman = Doorman(self._loop, socket, self.complaints)
         try:
             bound = self._bind(socket, [_literal(address) for address in addresses])
@@ -156,7 +160,7 @@ class Sockets:
             self.security.check_bind(address)
             port = address.port or (bound[0].port if bound else 0)
             wanted = Address(address.host, port)
-            socket.ipv6 = ":" in address.host
+            socket.setsockopt(zmq.IPV6, ":" in address.host)
             try:
                 socket.bind(wanted.endpoint)
             except zmq.ZMQError as error:
@@ -180,11 +184,14 @@ class Sockets:
         except ValueError:
             socket.close(linger=0)
             raise
-        socket.ipv6 = ":" in target.host
-        socket.immediate = True
-        socket.connect_timeout = int(CONNECT_S * 1000)
-        socket.reconnect_ivl = 100
-        socket.reconnect_ivl_max = 2000
+        for option, value in (
+            (zmq.IPV6, ":" in target.host),
+            (zmq.IMMEDIATE, 1),
+            (zmq.CONNECT_TIMEOUT, int(CONNECT_S * 1000)),
+            (zmq.RECONNECT_IVL, 100),
+            (zmq.RECONNECT_IVL_MAX, 2000),
+        ):
+            socket.setsockopt(option, value)
         dialer = Dialer(self._loop, socket, target, self.security.keys, self.complaints, on_up, on_down)
         return self._link(socket, (address,), receive, batch_done, dialer.close)
 

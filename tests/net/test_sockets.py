@@ -509,6 +509,7 @@ def test_a_key_file_is_written_once_for_its_owner_alone(tmp_path: Path) -> None:
     security = Security.load(path)
     assert security.fingerprint == fingerprint
     assert len(security.keys) == 1
+    assert security.keys[0].secret.decode() not in repr(security)
     with pytest.raises(KeyFileError, match="exists already"):
         write_key_file(path)
     with pytest.raises(KeyFileError, match="No such file"):
