@@ -46,8 +46,8 @@ class Sequence:
 @dataclass(slots=True)
 class Output:
     """What one step produced for one sequence. ``finish``: "" (goes on), stop, length, abort or error (``detail``
-    says why). ``cached`` counts prompt tokens served from the prefix cache, told with the first output.
-    ``logprobs``: one ``(chosen logprob, ((token id, logprob), ...))`` a token, where asked for."""
+    says why); with stop the last token is the end or stop token itself. ``cached`` counts prompt tokens served from
+    the prefix cache, told with the first output. ``logprobs``: one ``(chosen logprob, ((token id, logprob), ...))`` a token, where asked for."""
 
     key: int
     tokens: tuple[int, ...]

@@ -231,7 +231,7 @@ JOBS = st.lists(
 @given(jobs=JOBS, seqs=st.sampled_from([1, 3, 8]))
 @settings(
     deadline=None,
-    max_examples=60,
+    max_examples=30,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_eviction_and_preemption_change_no_token(
