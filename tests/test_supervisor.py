@@ -43,8 +43,14 @@ class Supervised:
         self.data = folder / "data"
         self.node = NodeProcess(["node", *common, *engine, "--data-dir", str(self.data), *args])
 
+    def __enter__(self) -> Supervised:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.node.stop()
+
     def workers(self) -> list[psutil.Process]:
-        return psutil.Process(self.node.process.pid).children(recursive=True)
+        return list(psutil.Process(self.node.process.pid).children(recursive=True))
 
     def peers(self) -> dict[str, Any]:
         report = self.node.peers("--cluster-key", str(self.key))
@@ -53,9 +59,8 @@ class Supervised:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Supervised]:
-    one = Supervised(tmp_path, "--workers", "2", "--", "--speedup", "0")
-    yield one
-    one.node.stop()
+    with Supervised(tmp_path, "--workers", "2", "--", "--speedup", "0") as one:
+        yield one
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -108,17 +113,16 @@ def test_workers_die_with_a_killed_supervisor(two: Supervised) -> None:
 
 def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
     # A request of this length runs for minutes; the first signal waits for it.
-    one = Supervised(tmp_path, "--workers", "1", "--", "--itl-ms", "1000")
-    one.node.wait_ready()
-    with contextlib.closing(http.client.HTTPConnection(one.node.url.removeprefix("http://"), timeout=10)) as client:
-        body = {"model": "sim", "prompt": "hello", "max_tokens": 200, "stream": True}
-        client.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
-        assert client.getresponse().status == 200
-        one.node.signal(signal.SIGTERM)
-        wait_for(lambda: one.peers()["n-w1"]["state"] == "draining", 5, "draining")
-        one.node.signal(signal.SIGTERM)
-        assert one.node.process.wait(6) == 0
-    one.node.stop()
+    with Supervised(tmp_path, "--workers", "1", "--", "--itl-ms", "1000") as one:
+        one.node.wait_ready()
+        with contextlib.closing(http.client.HTTPConnection(one.node.url.removeprefix("http://"), timeout=10)) as client:
+            body = {"model": "sim", "prompt": "hello", "max_tokens": 200, "stream": True}
+            client.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+            assert client.getresponse().status == 200
+            one.node.signal(signal.SIGTERM)
+            wait_for(lambda: one.peers()["n-w1"]["state"] == "draining", 5, "draining")
+            one.node.signal(signal.SIGTERM)
+            assert one.node.process.wait(6) == 0
 
 
 def test_stopping_while_workers_start(two: Supervised) -> None:
@@ -129,10 +133,8 @@ def test_stopping_while_workers_start(two: Supervised) -> None:
 
 
 def test_a_misconfigured_worker_ends_it_with_the_workers_sentence(tmp_path: Path) -> None:
-    with DataDir(tmp_path / "data" / "w2"):
-        one = Supervised(tmp_path, "--workers", "2")
+    with DataDir(tmp_path / "data" / "w2"), Supervised(tmp_path, "--workers", "2") as one:
         assert one.node.process.wait(20) == 2
-    one.node.stop()
     assert f"is in use by process {os.getpid()}" in one.node.stderr
     assert one.node.lines == []
 
@@ -148,13 +150,13 @@ engine-args = ["--speedup", 0, "--kv-blocks", 64]
 name = "small"
 served-model-name = "little"
 """)
-    one = Supervised(tmp_path, "--config", str(path))
-    one.node.wait_ready()
-    assert one.node.ready is not None
-    assert one.node.ready["model"] == "large,little"
-    assert {name: peer["models"] for name, peer in one.peers().items()} == {
-        "n": [],
-        "big": ["large"],
-        "small": ["little"],
-    }
-    assert one.node.stop() == 0
+    with Supervised(tmp_path, "--config", str(path)) as one:
+        one.node.wait_ready()
+        assert one.node.ready is not None
+        assert one.node.ready["model"] == "large,little"
+        assert {name: peer["models"] for name, peer in one.peers().items()} == {
+            "n": [],
+            "big": ["large"],
+            "small": ["little"],
+        }
+        assert one.node.stop() == 0
