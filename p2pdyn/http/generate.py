@@ -73,30 +73,17 @@ class Generations:
             raise bad(message, "messages" if ask.messages else "prompt", "context_length_exceeded")
         return [context - length for length in lengths]
 
-    def _start(
-        self,
-        exchange: Exchange,
-        ask: Ask,
-        prompts: list[Prompt],
-        room: list[int],
-        speech: Speech,
-        chat: bool,
-        began: float,
-    ) -> None:
-        tokenizer = speech.tokenizer
-        shape: type[Shape] = ChatFormat if chat else CompletionFormat
-        form = shape(secrets.token_hex(12), ask.model, tokenizer, ask.include_usage)
-        reply = Reply(
-            exchange, self._backend, self._metrics, form, ask, tokenizer, _silent(ask, speech), began, self._pacer
-        )
+    def _reply(self, exchange: Exchange, ask: Ask, prompts: list[Prompt], speech: Speech, began: float) -> Reply:
+        shape: type[Shape] = ChatFormat if ask.messages else CompletionFormat
+        form = shape(secrets.token_hex(12), ask.model, speech.tokenizer, ask.include_usage)
+        silent = _silent(ask, speech)
+        reply = Reply(exchange, self._backend, self._metrics, self._pacer, form, ask, silent, began)
         reply.prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
         self._metrics.prompt_tokens += reply.prompt_tokens
         return reply
 
 
-def _jobs(
-    exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int], chat: bool
-) -> list[tuple[Job, int, str]]:
+def _jobs(exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int]) -> list[tuple[Job, int, str]]:
     """(job, number of its prompt, text to echo) of every choice, ``n`` of each prompt in a row."""
     fields = exchange.fields
     pin, session = _routing(fields, b"x-p2pdyn-pin"), _routing(fields, b"x-p2pdyn-session")

@@ -50,7 +50,15 @@ class HttpServer:
     async def start(self) -> str:
         """Bind, and answer the endpoint's URL. Raises OSError whose ``strerror`` says why it cannot bind."""
         loop = asyncio.get_running_loop()
-        config = Config(self._endpoint, log_config=None, access_log=False, lifespan="off", ws="none", loop="none")
+        config = Config(
+            self._endpoint,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            loop="none",
+            proxy_headers=False,
+        )
         config.timeout_keep_alive = self._shared.limits.idle_s  # type: ignore[assignment]  # a float does as well
         config.load()
         address, limits = self._settings.address, self._shared.limits
