@@ -35,14 +35,16 @@ async def until(condition: Callable[[], Any], what: str, timeout_s: float = 10.0
 class Host:
     """One peer: its sockets, its mesh and what it was told."""
 
-    def __init__(self, number: int, *, cluster: str = "c", security: Security | None = None, port: int = 0) -> None:
+    def __init__(
+        self, number: int, *, cluster: str = "c", security: Security | None = None, port: int = 0, epoch: int = 1000
+    ) -> None:
         self.changes: list[tuple[NodeId, str | None, str]] = []
         self.fatal: list[str] = []
         self.sockets = Sockets(security or Security.insecure())
         self.mesh = Mesh(
             self.sockets,
             node=NodeId(f"{number:016x}"),
-            epoch=1000 + number,
+            epoch=epoch,
             cluster=cluster,
             info=PeerInfo(f"host-{number}", "0.1.0"),
             listen=[Address("127.0.0.1", port)],
@@ -128,6 +130,23 @@ def test_a_leaving_peer_is_left_and_a_killed_one_dead() -> None:
         await until(lambda: all(h.state(hosts[2]) == "dead" for h in hosts[:2]), "dead", 10.0)
         assert hosts[0].sees(hosts[1])
         assert hosts[1].sees(hosts[0])
+
+    scenario(body)()
+
+
+def test_a_restarted_peer_is_back_under_its_id_with_its_new_epoch() -> None:
+    async def body(start: Callable[..., Host]) -> None:
+        first = start(1)
+        second, third = (start(n, seeds=(first,)) for n in (2, 3))
+        await until(lambda: all(h.sees(first, second, third) for h in (first, second, third)), "all see all")
+        port = third.mesh.address.port
+        third.close()
+        again = start(3, port=port, epoch=2000, seeds=(first,))
+        await until(lambda: again.sees(first, second), "it sees them")
+        for host in (first, second):
+            await until(lambda host=host: host.mesh.peers[again.mesh.node].version.epoch == 2000, "seen anew")  # type: ignore[misc]
+            assert host.sees(again)
+            assert not host.fatal
 
     scenario(body)()
 
