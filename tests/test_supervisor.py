@@ -111,13 +111,32 @@ def test_workers_die_with_a_killed_supervisor(two: Supervised) -> None:
     wait_for(lambda: gone(workers), 5, "the workers' end")
 
 
+def stream(one: Supervised, tokens: int) -> http.client.HTTPConnection:
+    """A connection on which an answer of so many tokens has begun."""
+    client = http.client.HTTPConnection(one.node.url.removeprefix("http://"), timeout=10)
+    body = {"model": "sim", "prompt": "hello", "max_tokens": tokens, "stream": True}
+    client.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    return client
+
+
+def test_what_runs_when_sigterm_comes_is_finished(tmp_path: Path) -> None:
+    with Supervised(tmp_path, "--workers", "2", "--", "--itl-ms", "50") as one:
+        one.node.wait_ready()
+        with contextlib.closing(stream(one, tokens=40)) as client:
+            answer = client.getresponse()
+            answer.readline()
+            one.node.signal(signal.SIGTERM)
+            rest = answer.read().decode()
+        assert rest.count('"text"') >= 38
+        assert rest.rstrip().endswith("[DONE]")
+        assert one.node.process.wait(10) == 0
+
+
 def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
     # A request of this length runs for minutes; the first signal waits for it.
     with Supervised(tmp_path, "--workers", "1", "--", "--itl-ms", "1000") as one:
         one.node.wait_ready()
-        with contextlib.closing(http.client.HTTPConnection(one.node.url.removeprefix("http://"), timeout=10)) as client:
-            body = {"model": "sim", "prompt": "hello", "max_tokens": 200, "stream": True}
-            client.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+        with contextlib.closing(stream(one, tokens=200)) as client:
             assert client.getresponse().status == 200
             one.node.signal(signal.SIGTERM)
             wait_for(lambda: one.peers()["n-w1"]["state"] == "draining", 5, "draining")
