@@ -14,6 +14,12 @@ HASH_SEED = 1337
 CONTROL_MAX = 64 * 1024
 """Bytes: largest control message. A large prompt must never delay a probe."""
 
+CONTROL_IDLE_S = 15.0
+"""A control connection without a message for this long is closed: it bounds descriptors where the peers are many."""
+
+CONTROL_PING_S = 15.0
+"""ZMTP heartbeats on control connections. SWIM decides on liveness; each 2 s at 1000 nodes they are 8 kB/s a node."""
+
 REQUEST_MAX = 20 * 2**20
 """Bytes: largest request-link message (a 4 Mi token prompt and its parameters)."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 
-
 ROUNDING_S = 1e-3
 """Less than this left is nothing left: adding it to the time might not change the time."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from p2pdyn.core.actions import Action
 from p2pdyn.core.events import Announce, Event, Introduced, Leave, LinkDown, ProbeNow, Received
@@ -60,6 +61,18 @@ class Membership:
             SYNC: self._syncer.periodic,
             HEAL: self._syncer.heal,
             JOIN: self._syncer.join,
+        }
+
+        self._on_message: dict[type, Callable[[Any, Received], None]] = {
+            Ping: self._on_ping,
+            Ack: self._on_ack,
+            Gossip: self._on_gossip,
+            PingReq: self._on_ping_request,
+            Nack: lambda nack, event: self._prober.on_nack(nack),
+            Sync: self._on_sync,
+            SyncReply: lambda reply, event: self._syncer.on_reply(reply),
+            SyncPush: lambda push, event: self._syncer.on_push(push, event.source),
+            Conflict: lambda conflict, event: self._merger.claims.told(conflict),
         }
 
     @property
@@ -121,36 +134,34 @@ class Membership:
             context.roster.seen(event.source, context.now)
             if self._isolation.since is not None:
                 self._prober.note_heard(event.source)
-        if isinstance(message, Ping | Ack | Gossip | PingReq):
-            for record in message.updates:
-                self._merger.apply(record)
-        if isinstance(message, Ack):
-            self._on_ack(message)
-        elif isinstance(message, Nack):
-            self._prober.on_nack(message)
-        elif isinstance(message, SyncReply):
-            self._syncer.on_reply(message)
-        elif isinstance(message, SyncPush):
-            self._syncer.on_push(message, event.source)
-        elif isinstance(message, Conflict):
-            self._merger.claims.told(message)
-        elif event.reply is not None:
-            self._question(message, event.reply)
+        on_message = self._on_message.get(type(message))
+        if on_message is not None:
+            on_message(message, event)
 
-    def _question(self, message: object, reply: object) -> None:
-        if isinstance(message, Ping):
-            self._prober.on_ping(message, reply)
-        elif isinstance(message, PingReq):
-            self._prober.on_ping_request(message, reply)
-        elif isinstance(message, Sync):
-            self._syncer.on_sync(message, reply)
+    def _on_gossip(self, message: Gossip, event: Received) -> None:
+        self._merger.apply_all(message.updates)
 
-    def _on_ack(self, ack: Ack) -> None:
+    def _on_ping(self, ping: Ping, event: Received) -> None:
+        self._merger.apply_all(ping.updates)
+        if event.reply is not None:
+            self._prober.on_ping(ping, event.reply)
+
+    def _on_ping_request(self, request: PingReq, event: Received) -> None:
+        self._merger.apply_all(request.updates)
+        if event.reply is not None:
+            self._prober.on_ping_request(request, event.reply)
+
+    def _on_ack(self, ack: Ack, event: Received) -> None:
+        self._merger.apply_all(ack.updates)
         if self._merger.claims.answered(ack):
             return
         other = self._prober.on_ack(ack)
         if other is not None:
             self._syncer.ask(self._context.roster.members[other].address)
+
+    def _on_sync(self, sync: Sync, event: Received) -> None:
+        if event.reply is not None:
+            self._syncer.on_sync(sync, event.reply)
 
     def _local_event(self, event: Event) -> None:
         context, local = self._context, self.local

@@ -21,10 +21,14 @@ class Spreader:
         self._recent: deque[NodeId] = deque(maxlen=context.config.neighbours)
         self._turn = 0
         self._limit = (0, 1)
+        self.muted = False
+        """What is learned now is known to all but us."""
 
     def tell(self, record: Record, own: bool = False) -> None:
         """Queue news. A node's ``own`` news (of itself, of its probes) goes to all at once if they are few."""
         context = self._context
+        if self.muted and not own:
+            return
         self.news.put(record)
         if own and context.roster.nodes <= context.config.small:
             self.tell_all(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from p2pdyn.core.actions import Alarm
@@ -31,6 +32,11 @@ class Merger:
         self.suspicions: dict[NodeId, Suspicion] = {}
         self._started: float | None = None
         self.leaving = False
+
+    def apply_all(self, records: Iterable[Record]) -> None:
+        """News from gossip."""
+        for record in records:
+            self.apply(record)
 
     def apply(self, record: Record, whole: bool = False, direct: bool = False) -> None:
         """Merge one record. ``whole``: from a Sync, so it has address and info in every state, and is another's view;

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from p2pdyn.constants import CONTROL_IDLE_S, CONTROL_PING_S
 from p2pdyn.sim.clock import Clock
 from p2pdyn.sim.sizes import ACCEPTING, KEEPALIVE, MESSAGE, OPENING, SEGMENT, message_bytes
 
@@ -28,12 +29,6 @@ SYN_RTO_S = 1.0
 
 GIVE_UP_S = 5.0
 """A connection that is stuck for longer is torn down (ZMTP heartbeat time-out), with what waited on it."""
-
-IDLE_S = 15.0
-"""An unused connection is closed after this long."""
-
-KEEPALIVE_S = 10.0
-"""Between two ZMTP heartbeats on an open connection."""
 
 
 class Host(Protocol):
@@ -61,22 +56,26 @@ class Cuts:
 
     def __init__(self, loss: float) -> None:
         self.loss = loss
+        self.any = False
         self._groups: dict[int, int] = {}
         self._one_way: set[tuple[int, int]] = set()
 
     def partition(self, *groups: set[int]) -> None:
         """Nodes of different groups do not hear each other; nodes in no group hear everybody."""
+        self.any = True
         self._groups = {node: number for number, group in enumerate(groups) for node in group}
 
     def cut(self, source: int, to: int) -> None:
+        self.any = True
         self._one_way.add((source, to))
 
     def heal(self) -> None:
         self._groups.clear()
         self._one_way.clear()
+        self.any = False
 
     def blocked(self, source: int, to: int) -> bool:
-        if not self._groups and not self._one_way:
+        if not self.any:
             return False
         groups = self._groups.get(source), self._groups.get(to)
         return (source, to) in self._one_way or (None not in groups and groups[0] != groups[1])
@@ -173,12 +172,13 @@ class TcpNetwork:
         """Connections in use now; also closes the idle ones."""
         now = self._cluster.clock.now
         for key, connection in list(self._connections.items()):
-            if now - connection.used > IDLE_S:
-                self._close(key, connection.used + IDLE_S)
+            if now - connection.used > CONTROL_IDLE_S:
+                self._close(key, connection.used + CONTROL_IDLE_S)
         return len(self._connections)
 
     def _cut(self, one: int, other: int) -> bool:
-        return self.cuts.blocked(one, other) or self.cuts.blocked(other, one)
+        cuts = self.cuts
+        return cuts.any and (cuts.blocked(one, other) or cuts.blocked(other, one))
 
     def _alive(self, connection: _Connection) -> bool:
         hosts = self._cluster.nodes
@@ -190,8 +190,8 @@ class TcpNetwork:
         key = (client, server)
         connection = self._connections.get(key)
         if connection is not None:
-            if now - connection.used > IDLE_S:
-                self._close(key, connection.used + IDLE_S)
+            if now - connection.used > CONTROL_IDLE_S:
+                self._close(key, connection.used + CONTROL_IDLE_S)
             elif not self._alive(connection):
                 self._close(key, now)
                 if hosts[server].up:
@@ -257,11 +257,11 @@ class TcpNetwork:
 
     def _close(self, key: tuple[int, int], when: float) -> None:
         connection = self._connections.pop(key)
-        beats = int((when - connection.opened) / KEEPALIVE_S)
+        beats = int((when - connection.opened) / CONTROL_PING_S)
         for node in key:
-            self._cluster.nodes[node].sent_bytes += beats * KEEPALIVE
+            self._cluster.nodes[node].sent_bytes += 2 * beats * KEEPALIVE
 
     def settle(self) -> None:
         """Account for the heartbeats of what is still open."""
         for key in list(self._connections):
-            self._close(key, min(self._cluster.clock.now, self._connections[key].used + IDLE_S))
+            self._close(key, min(self._cluster.clock.now, self._connections[key].used + CONTROL_IDLE_S))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from p2pdyn.wire.control import Ack, Conflict, Gossip, Nack, Ping, PingReq, Record, Sync, SyncPush, SyncReply
 
 HEADER = 60
@@ -46,27 +49,42 @@ def record_bytes(record: Record) -> int:
 
 
 def _updates(records: tuple[Record, ...]) -> int:
-    return (1 if len(records) < 16 else 3) + sum(map(record_bytes, records))
+    return (1 if len(records) < 16 else 3) + sum(map(record_bytes, records)) if records else 1
+
+
+def _ping(message: Ping) -> int:
+    return 20 + _integer(message.seq) + _updates(message.updates)
+
+
+def _ack(message: Ack) -> int:
+    return 20 + _integer(message.seq) + _integer(message.epoch) + _updates(message.updates)
+
+
+def _ping_request(message: PingReq) -> int:
+    return 21 + _integer(message.seq) + len(message.host) + _integer(message.port) + _updates(message.updates)
+
+
+def _sync(message: Sync) -> int:
+    return 3 + _integer(message.seq) + record_bytes(message.record) + _blob(len(message.digests))
+
+
+def _sync_reply(message: SyncReply) -> int:
+    return 4 + _integer(message.seq) + _integer(message.covered) + _updates(message.records)
+
+
+_SIZES: dict[type, Callable[[Any], int]] = {
+    Ping: _ping,
+    Ack: _ack,
+    PingReq: _ping_request,
+    Nack: lambda message: 3 + _integer(message.seq),
+    Gossip: lambda message: 3 + _updates(message.updates),
+    Sync: _sync,
+    SyncReply: _sync_reply,
+    SyncPush: lambda message: 3 + _updates(message.records),
+    Conflict: lambda message: 37 + len(message.keeper_host) + len(message.newcomer_host),
+}
 
 
 def message_bytes(message: object) -> int:
     """Bytes of the encoded message frame: version byte, array head, kind and fields."""
-    if isinstance(message, Ping):
-        return 20 + _integer(message.seq) + _updates(message.updates)
-    if isinstance(message, Ack):
-        return 20 + _integer(message.seq) + _integer(message.epoch) + _updates(message.updates)
-    if isinstance(message, Gossip):
-        return 3 + _updates(message.updates)
-    if isinstance(message, SyncPush):
-        return 3 + _updates(message.records)
-    if isinstance(message, SyncReply):
-        return 4 + _integer(message.seq) + _integer(message.covered) + _updates(message.records)
-    if isinstance(message, Sync):
-        return 3 + _integer(message.seq) + record_bytes(message.record) + _blob(len(message.digests))
-    if isinstance(message, PingReq):
-        where = 1 + len(message.host) + _integer(message.port)
-        return 20 + _integer(message.seq) + where + _updates(message.updates)
-    if isinstance(message, Nack):
-        return 3 + _integer(message.seq)
-    assert isinstance(message, Conflict)
-    return 48 + len(message.keeper_host) + len(message.newcomer_host)
+    return _SIZES[type(message)](message)
