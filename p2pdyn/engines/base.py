@@ -47,7 +47,8 @@ class Sequence:
 class Output:
     """What one step produced for one sequence. ``finish``: "" (goes on), stop, length, abort or error (``detail``
     says why); with stop the last token is the end or stop token itself. ``cached`` counts prompt tokens served from
-    the prefix cache, told with the first output. ``logprobs``: one ``(chosen logprob, ((token id, logprob), ...))`` a token, where asked for."""
+    the prefix cache, told with the first output. ``logprobs``, where asked for: one
+    ``(chosen logprob, ((token id, logprob), ...))`` a token."""
 
     key: int
     tokens: tuple[int, ...]

@@ -14,13 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from p2pdyn.core.types import Load
+from p2pdyn.engines import frames
 from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, Progress, Sequence, Step
 from p2pdyn.engines.frames import (
-    FAILED,
-    LOAD,
-    PROGRESS,
-    READY,
-    STEP,
     FrameBuffer,
     FrameError,
     frame,
@@ -139,36 +135,39 @@ class ChildRunner:
         try:
             for content in self._frames.feed(data):
                 self._on_frame(content)
-        except (FrameError, IndexError, TypeError) as error:
+        except FrameError as error:
             self._reason = self._reason or f"the engine process sent what is no frame ({error}): it was ended"
             self._signal(signal.SIGKILL)
 
-    def _on_frame(self, content: list[Any]) -> None:
-        kind = content[0]
-        if kind == STEP:
-            if self._over:
-                return
-            step = unpack_step(content, self._open)
-            self.load = unpack_load(content[5])
-            self.steps += 1
-            self.last_step_s = self._loop.time()
-            for output in step.outputs:
-                if output.finish:
-                    self._open.discard(output.key)
-            self.on_step(step)
-        elif kind == LOAD:
-            self.load = unpack_load(content[1])
-        elif kind == PROGRESS:
-            if not self._ready.done():
-                self._progress(content[1], content[2])
-        elif kind == READY:
-            self.last_step_s = self._loop.time()
-            if not self._ready.done():
-                self._ready.set_result(unpack_info(content))
-        elif kind == FAILED:
-            self._reason = str(content[1])
-        else:
-            raise FrameError(f"kind {kind!r}")
+    def _on_frame(self, content: Any) -> None:
+        match content:
+            case [frames.STEP, *_]:
+                self._on_step_frame(content)
+            case [frames.LOAD, list(load)]:
+                self.load = unpack_load(load)
+            case [frames.PROGRESS, float(fraction), str(what)]:
+                if not self._ready.done():
+                    self._progress(fraction, what)
+            case [frames.READY, *_]:
+                self.last_step_s = self._loop.time()
+                if not self._ready.done():
+                    self._ready.set_result(unpack_info(content))
+            case [frames.FAILED, str(reason)]:
+                self._reason = reason
+            case _:
+                raise FrameError("of no known kind")
+
+    def _on_step_frame(self, content: list[Any]) -> None:
+        if self._over:
+            return
+        step = unpack_step(content, self._open)
+        self.load = unpack_load(content[-1])
+        self.steps += 1
+        self.last_step_s = self._loop.time()
+        for output in step.outputs:
+            if output.finish:
+                self._open.discard(output.key)
+        self.on_step(step)
 
     def on_lost(self) -> None:
         """End of the child's output: it is dead, or has closed its socket and will be."""

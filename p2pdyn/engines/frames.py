@@ -130,9 +130,10 @@ def pack_load(load: Load) -> list[Any]:
 
 
 def unpack_load(row: list[Any]) -> Load:
-    if len(row) != len(_LOAD_FIELDS):
-        raise FrameError("a load has a wrong number of fields")
-    return Load(*row)
+    try:
+        return Load(*row)
+    except TypeError as error:
+        raise FrameError("a load has a wrong shape") from error
 
 
 def pack_step(step: Step, load: Load) -> list[Any]:

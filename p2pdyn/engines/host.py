@@ -112,7 +112,7 @@ def run(name: str, module: str, options: EngineOptions, sock: socket.socket, inb
     engine: Engine | None = None
 
     def progress(fraction: float, what: str) -> None:
-        sock.sendall(frame([PROGRESS, fraction, what]))
+        sock.sendall(frame([PROGRESS, float(fraction), what]))
 
     try:
         engine = registry.create(module, options)

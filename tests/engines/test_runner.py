@@ -19,7 +19,7 @@ from support.engines import Result, collect, generate, sequence
 
 from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, Step
 from p2pdyn.engines.child import ChildRunner
-from p2pdyn.engines.frames import FrameBuffer, FrameError, frame
+from p2pdyn.engines.frames import LOAD, PROGRESS, STEP, FrameBuffer, FrameError, frame
 from p2pdyn.engines.runner import InProcessRunner, Runner, make_runner
 from p2pdyn.engines.sim import create
 
@@ -399,10 +399,24 @@ def test_cancelling_the_start_leaves_no_process(drive: Drive, tmp_path: Path) ->
     run(check())
 
 
-def test_a_child_that_writes_nonsense_is_ended(drive: Drive) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x05\x00\x00\x00junk!", id="not msgpack"),
+        pytest.param(b"\xff\xff\xff\xff", id="too large"),
+        pytest.param(frame([9, 1]), id="unknown kind"),
+        pytest.param(frame([]), id="empty"),
+        pytest.param(frame(7), id="no array"),
+        pytest.param(frame([STEP, [1], [], [], [], []]), id="step of uneven columns"),
+        pytest.param(frame([STEP, 1]), id="short step"),
+        pytest.param(frame([LOAD, [0] * 9]), id="long load"),
+        pytest.param(frame([PROGRESS, "half", 1]), id="progress of wrong types"),
+    ],
+)
+def test_a_child_that_writes_nonsense_is_ended(drive: Drive, data: bytes) -> None:
     async def check() -> None:
         async with drive(ChildRunner, FAULTY) as driven:
-            driven.runner.on_data(b"\x05\x00\x00\x00junk!")
+            driven.runner.on_data(data)
             await driven.until(lambda: bool(driven.deaths))
             assert "no frame" in driven.deaths[0]
 
