@@ -33,8 +33,8 @@ while True:
     try:
         answer = urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=5)
         break
-    except OSError:
-        if time.monotonic() > deadline:
+    except OSError as error:  # refused, or 404 and 503 until a worker is there
+        if time.monotonic() > deadline or getattr(error, "code", 503) not in (404, 503):
             raise
         time.sleep(0.02)
 print(time.monotonic(), answer.read().decode())
