@@ -29,7 +29,12 @@ ENGINES: dict[str, EngineKind] = {
         help="--prefill-tps 20000 --itl-ms 10 --kv-blocks 8192 --block-size 16 --max-num-seqs 256 --context 32768 "
         "--speedup 1 --seed 0 --max-batch-tokens 8192 --kv-bytes-per-block 16",
     ),
-    "builtin": EngineKind("p2pdyn.engines.builtin", child=True, help="see `p2pdyn node --help`"),
+    "builtin": EngineKind(
+        "p2pdyn.engines.builtin",
+        child=True,
+        help="--kv-blocks 1024 --block-size 16 --max-num-seqs 32 --context 0 (the model's own) --max-batch-tokens 128 "
+        "--threads (half the cores)",
+    ),
 }
 
 

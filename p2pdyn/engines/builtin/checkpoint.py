@@ -213,16 +213,19 @@ def map_packed(path: Path) -> tuple[LlamaConfig, bytes, Mapping[str, F32]]:
     place, length = int.from_bytes(memory[8:16], "little"), int.from_bytes(memory[16:24], "little")
     if memory[:8] != MAGIC or not place:
         raise ValueError(f"{path} is no packed model")
-    index = json.loads(memory[len(memory) - length :])
-    card = memory[place : place + index["card"]]
-    if place + len(card) + length != len(memory):
+    try:
+        index = json.loads(memory[len(memory) - length :])
+        config, size = LlamaConfig(**index["config"]), index["card"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is of another format") from error
+    if place + size + length != len(memory):
         raise ValueError(f"{path} is not whole")
     memory.madvise(mmap.MADV_WILLNEED)
     tensors = {
         name: np.frombuffer(memory, np.float32, int(np.prod(shape)), start).reshape(shape)
         for name, (start, shape) in index["tensors"].items()
     }
-    return LlamaConfig(**index["config"]), card, tensors
+    return config, memory[place : place + size], tensors
 
 
 def identity(path: Path) -> str:
