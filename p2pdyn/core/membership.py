@@ -28,6 +28,7 @@ from p2pdyn.core.membership_merge import LAST_WORD, SUSPECTED, Merger
 from p2pdyn.core.membership_probe import FAIL, INDIRECT, PROBE, RELAY, REPROBE, RETRY, Prober
 from p2pdyn.core.membership_roster import ALIVE, Member
 from p2pdyn.core.membership_sync import HEAL, JOIN, SYNC, Syncer
+from p2pdyn.core.timers import ROUNDING_S
 from p2pdyn.core.types import LEFT, NodeId, Version
 from p2pdyn.wire.control import Ack, Conflict, Gossip, Nack, Ping, PingReq, Sync, SyncPush, SyncReply
 
@@ -96,9 +97,9 @@ class Membership:
         if self._merger.claims.failed():
             return []
         context.actions = []
-        self._advance(now)
-        for kind, subject in context.timers.due(context.running):
-            self._on_timer[kind](subject)
+        if self._advance(now):
+            for kind, subject in context.timers.due(context.running):
+                self._on_timer[kind](subject)
         if isinstance(event, Received):
             self._receive(event)
         else:
@@ -112,8 +113,9 @@ class Membership:
         at = self._context.timers.next()
         return None if at is None else at + self._paused
 
-    def _advance(self, now: float) -> None:
-        """Set both clocks. Time between a deadline and a call that comes much too late was no running time."""
+    def _advance(self, now: float) -> bool:
+        """Set both clocks; whether a timer may be due. Time between a deadline and a call that comes much too late was
+        no running time."""
         context = self._context
         if not self._started:
             self._started = True
@@ -121,12 +123,13 @@ class Membership:
             self._prober.start()
             self._syncer.start()
         at = context.timers.next()
-        late = now - self._paused - at if at is not None else 0.0
+        late = now - self._paused - at if at is not None else -1.0
         if late > context.config.pause_s:
             self._paused += late
             context.awareness.add(1)
         context.now = now
         context.running = now - self._paused
+        return late > -ROUNDING_S
 
     def _receive(self, event: Received) -> None:
         message, context = event.message, self._context

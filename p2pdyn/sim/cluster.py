@@ -133,17 +133,18 @@ class Cluster:
             node.inbox.append(event)
             return
         for action in node.core.handle(event, self.clock.now):
-            self._act(node, action)
+            if type(action) is Send:
+                to = self._by_address.get(action.to)
+                if to is not None:
+                    self.network.send(node.index, to, action.message)
+            elif type(action) is Reply:
+                self.network.reply(node.index, action.to, action.message)
+            else:
+                self._tell(node, action)
         self._schedule(node)
 
-    def _act(self, node: Node, action: Action) -> None:
-        if isinstance(action, Send):
-            to = self._by_address.get(action.to)
-            if to is not None:
-                self.network.send(node.index, to, action.message)
-        elif isinstance(action, Reply):
-            self.network.reply(node.index, action.to, action.message)
-        elif isinstance(action, MemberChanged):
+    def _tell(self, node: Node, action: Action) -> None:
+        if isinstance(action, MemberChanged):
             if self._on_change is not None:
                 self._on_change(node, action)
         else:
@@ -169,7 +170,9 @@ class Cluster:
 
     def deliver(self, to: int, message: object, reply: object | None, source: int) -> None:
         """Called by the network."""
-        self.event(self.nodes[to], Received(message, reply, self.nodes[source].id))
+        node = self.nodes[to]
+        if node.up:
+            self._event(node, node.life, Received(message, reply, self.nodes[source].id))
 
     def link_down(self, at: int, peer: int) -> None:
         self.event(self.nodes[at], LinkDown(self.nodes[peer].address))

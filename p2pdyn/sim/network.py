@@ -221,12 +221,11 @@ class TcpNetwork:
 
     def _delays(self, legs: int, rto: float) -> tuple[float, int]:
         """Seconds and segments that ``legs`` segments, one after the other, take."""
-        rng, loss, delay, segments = self._rng, self.cuts.loss, 0.0, 0
+        draw, loss = self._rng.random, self.cuts.loss
+        delay, segments = LATENCY_S * legs * (1 + 2 * draw()), legs
         for _ in range(legs):
-            delay += LATENCY_S * (1 + 2 * rng.random())
-            segments += 1
             wait = rto
-            while rng.random() < loss:
+            while draw() < loss:
                 delay += wait
                 wait *= 2
                 segments += 1
