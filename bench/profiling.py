@@ -1,4 +1,8 @@
-"""Sampling profiles of a side's processes under load, by py-spy: functions by self and inclusive time."""
+"""Sampling profiles of a side's processes under load, by py-spy: functions by self and inclusive time.
+
+Only threads that hold the interpreter lock are counted: on a busy machine a send that wakes another thread and is
+switched away from would else look like the cost of the send.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ def under_load(py_spy: str, side: Side, load: client.Load, seconds: float, scrat
                 kind,
                 file,
                 subprocess.Popen(
-                    [*command, "--format", "raw", "--output", str(file), "--nonblocking"],
+                    [*command, "--format", "raw", "--output", str(file), "--nonblocking", "--gil"],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 ),

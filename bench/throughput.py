@@ -60,13 +60,15 @@ class Bench:
             before = side.cpu_s()
             figures = client.wrk(side.urls, load, seconds, self.scratch, number)
             self._next_number()
-            spent = {f"{part}_cpu": round((used - before[part]) / seconds, 2) for part, used in side.cpu_s().items()}
+            used = {part: now - before[part] for part, now in side.cpu_s().items()}
+            spent = {f"{part}_cpu": round(cpu / seconds, 2) for part, cpu in used.items()}
+            spent["cpu_ms"] = round(sum(used.values()) / seconds / max(figures["req_s"], 0.1) * 1e3, 3)
             expected = checked[side.name]["reply_bytes"]
             if figures["bad"] or figures["bytes_per_request"] < 0.8 * expected - 300:
                 raise client.CheckFailed(f"{side.name}, {load.name}: {figures}, but one reply has {expected} bytes")
             return {**figures, **spent}
 
-        return self._rounds(load.name, measure, ("req_s", "tok_s", "p50_ms", "p99_ms"))
+        return self._rounds(load.name, measure, ("req_s", "tok_s", "cpu_ms", "p50_ms", "p99_ms"))
 
     def ttft(self) -> dict[str, Any]:
         self.check(client.TTFT)
