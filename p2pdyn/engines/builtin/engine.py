@@ -72,6 +72,8 @@ class BuiltinEngine:
         self._context = min(options.context or config.context, config.context, room)
         self._vocab, self._outputs = config.vocab, config.outputs
         card = replace(card, context=self._context, features=FEATURES)
+        if weights.is_default(self._model_name):
+            card = replace(card, generation=weights.GENERATION)
         self._eos = frozenset(token for token in card.eos_token_ids if token < config.outputs)
         self._threads = Threads(options.threads)
         try:

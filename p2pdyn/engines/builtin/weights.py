@@ -30,6 +30,8 @@ SIZE = 98362432
 PIP_S = 1800.0
 """Longest that pip may take: 93 MB at 0.5 Mbit/s."""
 POLL_S = 0.2
+GENERATION = {"temperature": 0.2, "top_p": 0.9}
+"""What the model's authors advise for it; at OpenAI's default of 1 so small a model loses the thread."""
 LOCK_S = PIP_S + 600.0
 
 
@@ -38,9 +40,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "p2pdyn"
 
 
+def is_default(model: str | None) -> bool:
+    return not model or model.lower() in (DEFAULT_NAME.lower(), "smollm2")
+
+
 def locate(model: str | None, offline: bool, cache: Path, progress: Progress) -> Path:
     """The GGUF file to load; fetches the default one if need be. Raises EngineError with the mend."""
-    if model and model.lower() not in (DEFAULT_NAME.lower(), "smollm2"):
+    if not is_default(model):
+        assert model is not None
         path = Path(model).expanduser()
         if not path.is_file():
             raise EngineError(

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from p2pdyn.engines.builtin import tiles
 from p2pdyn.engines.builtin.checkpoint import pack, shapes
 from p2pdyn.engines.builtin.model import Llama, LlamaConfig, Rows
 from p2pdyn.engines.builtin.tiles import F32, GROUP, Linear, Threads, least_rows, tile, tile_width
@@ -66,6 +67,15 @@ def test_a_batch_gives_the_bits_of_each_sequence_alone() -> None:
     assert np.array_equal(logits[4], alone[39])
     for row, n in zip([*logits[:4], *logits[5:]], lengths, strict=True):
         assert np.array_equal(row, alone[n])
+
+
+def test_where_the_blas_fails_the_trial_groups_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "least_rows", lambda: GROUP)
+    model = make()
+    alone = in_chunks(model, 1, list(range(8)))
+
+    for position, logits in in_chunks(model, 13, list(range(8, 16))).items():
+        assert np.array_equal(logits, alone[position])
 
 
 def test_threads_change_no_bit() -> None:
