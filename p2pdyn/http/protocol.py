@@ -299,13 +299,9 @@ class Connection(HttpToolsProtocol):
         body = error.body()
         if self.scope is not None and self.scope.get("method") == "HEAD":
             body = b""
-        lines = (
-            status_line(error.status),
-            self.shared.date,
-            JSON,
-            b"content-length: %d\r\n" % len(body),
-            error.headers,
-        )
+        named = self.cycle.identity() if self.reading is BODY and isinstance(self.cycle, Exchange) else b""
+        size = b"content-length: %d\r\n" % len(body)
+        lines = (status_line(error.status), self.shared.date, JSON, size, error.headers, named)
         self.transport.write(b"".join((*lines, b"connection: close\r\n\r\n", body)))
         self._unset_keepalive_if_required()
         self._linger_until = self.loop.time() + self.limits.linger_s

@@ -29,6 +29,8 @@ LONG_TEXT = 8 * 1024
 MAX_PIECES = 50_000
 """Entries of the piece cache: some 10 MB when full; it then starts anew."""
 MAX_PIECE = 40
+MARK = " "
+"""Stands for the text's beginning or end in a piece: a word of the text cannot contain it, so nothing is mistaken."""
 MAX_MISSES = 32
 """New pieces that one text may add: with more, the whole text is encoded in one go."""
 
@@ -104,7 +106,8 @@ class Tokenizer:
 
     def _encode_pieces(self, text: str) -> array[int]:
         words = text.split(" ")
-        words[0] = "\n" + words[0]  # a mark: no space stands before it, and no other piece starts so
+        words[0] = MARK + words[0]
+        words[-1] += MARK
         found = list(map(self._pieces.get, words))
         missing = found.count(None)
         if missing > MAX_MISSES:
@@ -130,10 +133,11 @@ class Tokenizer:
             position = end
 
     def _piece(self, piece: str) -> bytes:
+        """The ids of words between two cuts, with the space before them, or a mark for an end of the text."""
         ids = self._pieces.get(piece)
         if ids is None:
-            text = piece[1:] if piece[0] == "\n" else " " + piece
-            ids = self._encode_whole(text, False).tobytes()
+            text = piece[1:] if piece[0] == MARK else " " + piece
+            ids = self._encode_whole(text.removesuffix(MARK), False).tobytes()
             if len(piece) <= MAX_PIECE:
                 if len(self._pieces) >= MAX_PIECES:
                     self._pieces.clear()
