@@ -137,7 +137,11 @@ ERRORS = [
     ({}, {"P2PDYN_ROUTER": "fastest"}, "P2PDYN_ROUTER must be one of"),
     ({"http": "8000"}, {}, "--http is wrong: address '8000' has no port: write HOST:PORT"),
     ({"seed": ("a:0",)}, {}, "give the port that the peer listens on"),
-    ({"seed": ("a:b:c",)}, {}, "--seed is wrong: address 'a:b:c' has no valid host: write HOST:PORT, or [IPV6]:PORT"),
+    (
+        {"seed": ("host:7400:7400",)},
+        {},
+        "--seed is wrong: address 'host:7400:7400' has no valid host: write HOST:PORT, or [IPV6]:PORT",
+    ),
     ({"listen": "127.0.0.1:7400"}, {}, "--listen takes no port: give '127.0.0.1', and the port with --port"),
     ({"listen": "0.0.0.0"}, {}, "without a key lets anybody in: give --cluster-key FILE"),
     ({"http": "0.0.0.0:8000"}, {}, "without a key lets anybody in: give --api-key-file"),

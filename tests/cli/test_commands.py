@@ -57,7 +57,7 @@ BAD_USAGE = [
     (["node", "--engine", "none", "--", "--itl-ms", "5"], "an engine argument needs an engine"),
     (["node", "--listen", "0.0.0.0"], "--cluster-key"),
     (["keygen"], "Missing argument"),
-    (["peers", "--at", "a:b:c"], "write HOST:PORT, or [IPV6]:PORT"),
+    (["peers", "--at", "host:7400:7400"], "write HOST:PORT, or [IPV6]:PORT"),
     (["peers", "--cluster-key", "/nonexistent"], "/nonexistent"),
     (["chat", "--at", "ftp://x"], "give http://HOST:PORT"),
     (["chat", "--api-key-file", "/nonexistent"], "cannot read the API key file"),
