@@ -236,7 +236,8 @@ async def _lines(stream: asyncio.StreamReader, say: Callable[[str], None]) -> No
 
 
 def _forward_line(name: str, line: str) -> None:
-    sys.stderr.write(f"{name} | {line}\n")
+    with contextlib.suppress(OSError):  # nobody reads it any more: no reason to fail
+        sys.stderr.write(f"{name} | {line}\n")
 
 
 def arguments(config: Config, i: int, mesh: str, parent: int) -> list[str]:

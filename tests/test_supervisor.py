@@ -7,6 +7,8 @@ import http.client
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +144,22 @@ def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
             wait_for(lambda: one.peers()["n-w1"]["state"] == "draining", 5, "draining")
             one.node.signal(signal.SIGTERM)
             assert one.node.process.wait(6) == 0
+
+
+def test_it_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "p2pdyn", "node", "--engine", "sim", "--workers", "1", "--no-http", "--port", "0"]
+    command += ["--data-dir", str(tmp_path), "--", "--speedup", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith(b"ready ")
+        process.stderr.close()
+        [worker] = psutil.Process(process.pid).children()
+        worker.kill()
+        again = wait_for(lambda: psutil.Process(process.pid).children(), 10, "the worker's next life")
+        process.terminate()
+        assert process.wait(15) == 0
+        assert gone([worker, *again])
 
 
 def test_stopping_while_workers_start(two: Supervised) -> None:
