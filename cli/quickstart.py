@@ -25,7 +25,7 @@ from p2pdyn.cli.peers import table
 from p2pdyn.config import DEFAULT_HTTP, child_environment
 from p2pdyn.core.types import Address
 
-QUESTION = "What is the capital of France, and what is it known for?"
+QUESTION = "What is the capital of France?"
 ANSWER_TOKENS = 96
 POLL_S = 0.25
 STOP_S = 15.0
