@@ -296,10 +296,10 @@ class Connection(HttpToolsProtocol):
         if self.busy:
             self._refusal = error
             return
-        body = error.body()
-        if self.scope is not None and self.scope.get("method") == "HEAD":
-            body = b""
-        named = self.cycle.identity() if self.reading is BODY and isinstance(self.cycle, Exchange) else b""
+        body, named = error.body(), b""
+        if self.reading is BODY and isinstance(self.cycle, Exchange):  # otherwise it is not known what was asked
+            named = self.cycle.identity()
+            body = b"" if self.scope["method"] == "HEAD" else body
         size = b"content-length: %d\r\n" % len(body)
         lines = (status_line(error.status), self.shared.date, JSON, size, error.headers, named)
         self.transport.write(b"".join((*lines, b"connection: close\r\n\r\n", body)))

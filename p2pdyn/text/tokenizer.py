@@ -28,7 +28,8 @@ LONG_TEXT = 8 * 1024
 """Characters: longer text is encoded in a thread (which frees the loop: the library lets go of the GIL); 8 ms here."""
 MAX_PIECES = 50_000
 """Entries of the piece cache: some 10 MB when full; it then starts anew."""
-MAX_PIECE = 40
+MAX_PIECE = 64
+"""Characters: the last word of a prompt carries the template's closing, some 40 characters."""
 MARK = " "
 """Stands for the text's beginning or end in a piece: a word of the text cannot contain it, so nothing is mistaken."""
 MAX_MISSES = 32
