@@ -196,6 +196,17 @@ class Membership:
             if member.id != self.local.id:
                 self._context.roster.put(member)
 
+    def snapshot(self) -> dict[str, object]:
+        """What is worth seeing of the state besides the members."""
+        return {
+            "nodes": self._context.roster.nodes,
+            "suspects": sorted(self._merger.suspicions),
+            "health": self.health,
+            "isolated": self._isolation.since is not None,
+            "news": len(self._spreader.news),
+            "paused_s": round(self._paused, 3),
+        }
+
     def check(self) -> None:
         """Raise AssertionError if an invariant of the state is broken; for tests."""
         roster = self._context.roster

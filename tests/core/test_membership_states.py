@@ -563,6 +563,13 @@ def test_the_dead_are_limited() -> None:
     assert len(peer.core.members) == peer.config.dead_max + 1
 
 
+def test_snapshot() -> None:
+    peer = Peer(3)
+    peer.hear(record(1, "suspect", origin=node_id(2)))
+    wanted = {"nodes": 4, "suspects": [node_id(1)], "health": 0, "isolated": False, "news": 1, "paused_s": 0.0}
+    assert peer.core.snapshot() == wanted
+
+
 def test_sends_are_frozen_values() -> None:
     """Actions compare as a whole list."""
     assert Peer(1).do(ProbeNow(node_id(1))) == Peer(1).do(ProbeNow(node_id(1)))
