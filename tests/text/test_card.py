@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pdyn.text.card import CHATML, END_OF_TEXT, IM_END, CardError, ModelCard, byte_level, from_folder
@@ -27,12 +27,14 @@ def test_a_card_survives_packing_and_equal_cards_have_one_digest() -> None:
     assert ModelCard(b"{}", "u", (1, 2)).digest != CARD.digest
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_card_are_refused(data: bytes) -> None:
     with pytest.raises(CardError):
         ModelCard.unpack(data)
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 8), st.one_of(st.none(), st.integers(), st.floats(), st.text(), st.lists(st.integers()), st.binary())
 )
@@ -64,8 +66,8 @@ def test_a_model_folder_gives_its_card(tmp_path: Path) -> None:
         json.dumps({"temperature": 0.6, "top_p": 7, "eos_token_id": [257]})
     )
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
-    settings = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|endoftext|>", "chat_template": named}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokens = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|endoftext|>", "chat_template": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens))
     card = from_folder(tmp_path, ["seed"])
     assert (card.context, card.eos_token_ids, card.chat_template) == (2048, (257, 256, IM_END), "yes")
     assert (card.generation, card.features, card.bos_token) == ({"temperature": 0.6}, ("seed",), "<|endoftext|>")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pdyn.text.stops import StopMatcher
@@ -17,6 +17,7 @@ def plain(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("abc\n", max_size=5), max_size=12), STOPS)
 def test_the_token_borders_do_not_matter(pieces: list[str], stops: list[str]) -> None:
     matcher, said = StopMatcher(stops), ""

@@ -78,7 +78,7 @@ def test_which_tokenizers_are_cut() -> None:
     assert {name for name, (_, ours) in ALL.items() if ours._cuttable} == set(CUTTABLE)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(ALL)), TEXTS)
 def test_encoding_is_the_librarys(name: str, text: str) -> None:
     inner, ours = ALL[name]
@@ -93,7 +93,7 @@ def test_a_text_of_many_new_words_is_encoded_and_partly_learnt() -> None:
         assert list(ours.encode_now(text, False)) == inner.encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(ALL)), TEXTS, st.lists(st.integers(0, 258), max_size=12))
 def test_token_by_token_gives_the_text_of_the_whole(name: str, text: str, noise: list[int]) -> None:
     """Also for ids in an order that no text has: broken characters, specials between the bytes of one."""
