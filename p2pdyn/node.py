@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import logging
 import random
+import resource
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
 from p2pdyn import __version__
-from p2pdyn.config import Config, ReadyInfo, StartError
+from p2pdyn.config import Config, ConfigError, ReadyInfo, StartError
 from p2pdyn.constants import HASH_SEED
 from p2pdyn.core.router import make_policy
 from p2pdyn.core.types import (
@@ -32,7 +33,7 @@ from p2pdyn.core.types import (
     ServedModel,
 )
 from p2pdyn.datadir import DataDir
-from p2pdyn.engines.base import EngineError, EngineInfo, Step
+from p2pdyn.engines.base import EngineError, EngineInfo, EngineUsageError, Step
 from p2pdyn.engines.runner import Runner, make_runner
 from p2pdyn.net import interfaces
 from p2pdyn.net.curve import Security
@@ -65,6 +66,7 @@ async def run(config: Config, *, ready: Ready, stop: asyncio.Event, seen: Seen |
 
     Raises ConfigError and StartError with one sentence each.
     """
+    _raise_descriptor_limit()
     with DataDir(config.data_dir) as data:
         node = Node(config, data, seen)
         try:
@@ -99,25 +101,14 @@ class Node:
         try:
             listen = interfaces.pick(config.listen)
         except ValueError as error:
-            raise StartError(str(error)) from None
+            raise ConfigError(str(error)) from None
         security = self._security()
         sockets = self.sockets = Sockets(security)
         self.stack.callback(sockets.close)
-        if config.engine != "none":
-            self._bind_worker(sockets, listen.host)
-        self.mesh = Mesh(
-            sockets,
-            node=self.data.node,
-            epoch=self.data.epoch,
-            cluster=config.cluster,
-            info=self.info,
-            listen=[Address(host, config.port) for host in listen.hosts],
-            advertise_host=listen.host,
-            on_change=self._changed,
-            on_fatal=self._fatal,
-            rng=self.rng,
-        )
-        self.stack.callback(self.mesh.close)
+        try:
+            self._bind(sockets, listen)
+        except OSError as error:  # its text is the sentence
+            raise StartError(error.strerror or str(error)) from None
         self.mesh.on_admin("peers", lambda args: self.report())
         self.mesh.on_admin("reach", reach)
         if config.http is not None:
@@ -134,12 +125,30 @@ class Node:
             await outcome
         self._background(self._watch())
 
+    def _bind(self, sockets: Sockets, listen: interfaces.Listen) -> None:
+        config = self.config
+        if config.engine != "none":
+            self._bind_worker(sockets, listen.host)
+        self.mesh = Mesh(
+            sockets,
+            node=self.data.node,
+            epoch=self.data.epoch,
+            cluster=config.cluster,
+            info=self.info,
+            listen=[Address(host, config.port) for host in listen.hosts],
+            advertise_host=listen.host,
+            on_change=self._changed,
+            on_fatal=self._fatal,
+            rng=self.rng,
+        )
+        self.stack.callback(self.mesh.close)
+
     def _security(self) -> Security:
         try:
             if self.config.cluster_key is not None:
                 return Security.load(self.config.cluster_key)
         except (OSError, ValueError) as error:
-            raise StartError(str(error)) from None
+            raise ConfigError(str(error)) from None
         return Security.insecure(allow_remote=self.config.insecure)
 
     def _bind_worker(self, sockets: Sockets, host: str) -> None:
@@ -225,6 +234,8 @@ class Node:
             )
             self.stack.push_async_callback(runner.close)
             info = await self._until_ended(runner.start(self._progress))
+        except EngineUsageError as error:
+            raise ConfigError(str(error)) from None
         except EngineError as error:
             raise StartError(str(error)) from None
         digest = ModelCard.unpack(info.card).digest
@@ -358,6 +369,15 @@ class Node:
                 self._tell(state=STALLED, detail=f"no engine step for {STALL_S:g} s with requests open")
             elif not still and self.info.state == STALLED:
                 self._tell(state=READY, detail="")
+
+
+def _raise_descriptor_limit() -> None:
+    """The soft limit is 1024 on most systems, which a frontend of some 90 workers passes (docs/design/wire.md)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("the limit of %d open files cannot be raised (%s): set it with `ulimit -n`", soft, error)
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:

@@ -137,6 +137,10 @@ class EngineError(RuntimeError):
     """An engine that cannot load or go on; the message is one sentence with the mend."""
 
 
+class EngineUsageError(EngineError):
+    """Engine arguments that cannot work whenever they are tried; as EngineError otherwise."""
+
+
 def death_reason(name: str, error: Exception) -> str:
     """One line for the log and for the frontends; the traceback of what is no EngineError goes to stderr."""
     return str(error) if isinstance(error, EngineError) else f"engine {name} failed: {type(error).__name__}: {error}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from p2pdyn.core.types import Load
 from p2pdyn.engines import frames
-from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, Progress, Sequence, Step
+from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, EngineUsageError, Progress, Sequence, Step
 from p2pdyn.engines.frames import (
     FrameBuffer,
     FrameError,
@@ -64,6 +64,7 @@ class ChildRunner:
         self._link: asyncio.Transport | None = None
         self._frames = FrameBuffer()
         self._reason = ""
+        self._failure: type[EngineError] = EngineError
         self._over = False  # the death is told, or wanted
 
     @property
@@ -152,8 +153,8 @@ class ChildRunner:
                 self.last_step_s = self._loop.time()
                 if not self._ready.done():
                     self._ready.set_result(unpack_info(content))
-            case [frames.FAILED, str(reason)]:
-                self._reason = reason
+            case [frames.FAILED, str(reason), bool(usage)]:
+                self._reason, self._failure = reason, EngineUsageError if usage else EngineError
             case _:
                 raise FrameError("of no known kind")
 
@@ -205,7 +206,7 @@ class ChildRunner:
         self._open.clear()
         reason = self._reason or _how_it_ended(self._process.returncode)
         if not self._ready.done():
-            self._ready.set_exception(EngineError(reason))
+            self._ready.set_exception(self._failure(reason))
         else:
             self.on_death(reason)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pdyn.engines import registry
-from p2pdyn.engines.base import Engine, EngineError, EngineOptions, Step, death_reason
+from p2pdyn.engines.base import Engine, EngineError, EngineOptions, EngineUsageError, Step, death_reason
 from p2pdyn.engines.frames import (
     FAILED,
     LOAD,
@@ -124,7 +124,7 @@ def run(name: str, module: str, options: EngineOptions, sock: socket.socket, inb
     except Exception as error:
         if not isinstance(error, EngineError):
             traceback.print_exc()
-        sock.sendall(frame([FAILED, death_reason(name, error)]))
+        sock.sendall(frame([FAILED, death_reason(name, error), isinstance(error, EngineUsageError)]))
     finally:
         if engine is not None:
             engine.close()

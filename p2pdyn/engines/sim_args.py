@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from p2pdyn.engines.base import EngineError
+from p2pdyn.engines.base import EngineUsageError
 
 _RANGES: dict[str, tuple[float, float]] = {
     "prefill_tps": (1e-3, 1e9),
@@ -40,7 +40,7 @@ class SimArgs:
 
     @classmethod
     def parse(cls, args: Sequence[str]) -> SimArgs:
-        """From ``--name value`` or ``--name=value``. Raises EngineError with the mend."""
+        """From ``--name value`` or ``--name=value``. Raises EngineUsageError with the mend."""
         values: dict[str, float] = {}
         defaults = cls()
         rest = list(args)
@@ -49,15 +49,15 @@ class SimArgs:
             name = flag.removeprefix("--").replace("-", "_")
             if not flag.startswith("--") or name not in _RANGES:
                 known = ", ".join("--" + item.name.replace("_", "-") for item in fields(cls))
-                raise EngineError(f"unknown argument {flag!r} for the sim engine: it takes {known}")
+                raise EngineUsageError(f"unknown argument {flag!r} for the sim engine: it takes {known}")
             if not equals:
                 if not rest:
-                    raise EngineError(f"argument {flag} needs a value: {flag} {getattr(defaults, name)}")
+                    raise EngineUsageError(f"argument {flag} needs a value: {flag} {getattr(defaults, name)}")
                 value = rest.pop(0)
             values[name] = _number(flag, value, type(getattr(defaults, name)), *_RANGES[name])
         parsed = cls(**values)  # type: ignore[arg-type]
         if parsed.kv_bytes_per_block % 16:
-            raise EngineError("argument --kv-bytes-per-block must be a multiple of 16")
+            raise EngineUsageError("argument --kv-bytes-per-block must be a multiple of 16")
         return parsed
 
 
@@ -68,5 +68,5 @@ def _number(flag: str, text: str, kind: type, low: float, high: float) -> float:
         value = float("nan")
     if not low <= value <= high:
         what = "an integer" if kind is int else "a number"
-        raise EngineError(f"argument {flag} is {text!r}, but must be {what} from {low:g} to {high:g}")
+        raise EngineUsageError(f"argument {flag} is {text!r}, but must be {what} from {low:g} to {high:g}")
     return value

@@ -15,14 +15,14 @@ from typing import Any
 from p2pdyn.constants import LINK_IDLE_S, MODEL_KNOWN_S
 from p2pdyn.core.catalog import Catalog
 from p2pdyn.core.flight import Abandon, Action, Dispatch, Flights
-from p2pdyn.core.request import Failure, Job, Rejected, Sink
+from p2pdyn.core.request import Failure, Job, Logprobs, Rejected, Sink
 from p2pdyn.core.router import Policy
 from p2pdyn.core.types import Address, Load, NodeId, PeerInfo
 from p2pdyn.http.backend import Metric, ModelStatus
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker_link import WorkerLink
 from p2pdyn.text.card import ModelCard
-from p2pdyn.wire.codec import decode_logprobs, encode, encode_params
+from p2pdyn.wire.codec import WireError, decode_logprobs, encode, encode_params
 from p2pdyn.wire.requests import Cancel, Generate, Heartbeat, Hello, Refused, Tokens
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Dispatcher:
         self._cards: dict[str, ModelCard] = {}
         self._fetching: dict[str, asyncio.Task[ModelCard]] = {}
         self.catalog = Catalog(MODEL_KNOWN_S)
-        self.flights = Flights(policy, decode_logprobs)
+        self.flights = Flights(policy, _logprobs)
         self.loads: dict[NodeId, Load] = {}
         self.links_lost = 0
         self._timer = self._loop.call_later(TICK_S, self._tick)
@@ -348,3 +348,12 @@ class Dispatcher:
                 self.loads.pop(worker, None)
                 self._reroute(now)
         self._link_up_wanted(now)
+
+
+def _logprobs(data: bytes) -> Logprobs:
+    """Logprobs that cannot be read are left out; the tokens beside them are good."""
+    try:
+        return decode_logprobs(data)
+    except WireError as error:
+        log.warning("logprobs that cannot be read were left out: %s", error)
+        return ()

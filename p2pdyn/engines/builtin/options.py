@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from p2pdyn.engines.base import EngineError
+from p2pdyn.engines.base import EngineUsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def default_threads() -> int:
 
 
 def parse(args: Sequence[str]) -> BuiltinOptions:
-    """Read ``--kv-blocks N`` or ``--kv-blocks=N`` and so on. Raises EngineError for what it does not know."""
+    """Read ``--kv-blocks N`` or ``--kv-blocks=N`` and so on. Raises EngineUsageError for what it does not know."""
     options = BuiltinOptions(threads=default_threads())
     rest = list(args)
     while rest:
@@ -46,11 +46,13 @@ def parse(args: Sequence[str]) -> BuiltinOptions:
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in BOUNDS:
             known = ", ".join("--" + known.replace("_", "-") for known in BOUNDS)
-            raise EngineError(f"the builtin engine does not know {flag!r}: after -- it takes {known}")
+            raise EngineUsageError(f"the builtin engine does not know {flag!r}: after -- it takes {known}")
         if not equals:
             text = rest.pop(0) if rest else ""
         low, high = BOUNDS[name]
         if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise EngineError(f"{flag} of the builtin engine needs a whole number from {low} to {high}, not {text!r}")
+            raise EngineUsageError(
+                f"{flag} of the builtin engine needs a whole number from {low} to {high}, not {text!r}"
+            )
         options = replace(options, **{name: int(text)})
     return options
