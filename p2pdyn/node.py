@@ -55,6 +55,7 @@ DRAIN_S = 20.0
 LEAVE_S = 1.0
 PROGRESS_S = 0.5
 """Shortest time between two gossiped loading percentages."""
+MAX_DESCRIPTORS = 65_536
 STALL_S = 30.0
 """An engine with requests open and no step for this long is told as stalled (a chunk of prefill on a slow CPU takes
 seconds, never this)."""
@@ -374,10 +375,9 @@ class Node:
 def _raise_descriptor_limit() -> None:
     """The soft limit is 1024 on most systems, which a frontend of some 90 workers passes (docs/design/wire.md)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
-        log.warning("the limit of %d open files cannot be raised (%s): set it with `ulimit -n`", soft, error)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _first(*futures: asyncio.Future[Any]) -> None:

@@ -41,6 +41,7 @@ class WorkerService:
         self._card: tuple[str, bytes] = ("", b"")
         self._admitted: list[base.Sequence] = []
         self._aborted: list[int] = []
+        self._admitting = False
         self._event_seq = 0
         self._was_busy = False
         self._ticked = self._loop.time()
@@ -167,15 +168,19 @@ class WorkerService:
         self._aborted += keys
 
     def _batch_done(self) -> None:
-        """The socket is drained: only now admit, so that a batch's cancels have been seen."""
-        runner = self._runner
-        if runner is None:
-            return
-        if self._aborted:
-            runner.abort(self._aborted)
+        """A batch has been read. Admit one turn of the loop later: a batch is bounded, and a cancel in the next one is
+        read in that same turn, before the engine steps."""
+        if self._aborted and self._runner is not None:
+            self._runner.abort(self._aborted)
             self._aborted = []
-        if self._admitted:
-            runner.submit(self._admitted)
+        if self._admitted and not self._admitting:
+            self._admitting = True
+            self._loop.call_soon(self._admit)
+
+    def _admit(self) -> None:
+        self._admitting = False
+        if self._admitted and self._runner is not None:
+            self._runner.submit(self._admitted)
             self._admitted = []
             if not self._was_busy:
                 self._publish_load()
