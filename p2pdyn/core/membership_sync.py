@@ -9,8 +9,6 @@ Sync(...) again if there was more
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from p2pdyn.core.actions import Reply
 from p2pdyn.core.broadcast import record_size
 from p2pdyn.core.identity import version_of
@@ -27,16 +25,6 @@ JOIN = "join"
 MAX_OPEN = 64
 
 
-@dataclass(slots=True)
-class _Conversation:
-    """A Sync of ours and those that follow it. ``joining``: we knew nobody when it began, so what we learn is no
-    news to others, and telling it on would cost 3 MB at 1000 nodes."""
-
-    address: Address
-    pages: int = 1
-    joining: bool = False
-
-
 class Syncer:
     def __init__(self, context: Context, spreader: Spreader, merger: Merger) -> None:
         self._context = context
@@ -44,11 +32,14 @@ class Syncer:
         self._merger = merger
         self._introduced: dict[Address, float] = {}
         """Address -> delay before its next early repetition; never forgotten while there is room."""
-        self._open: dict[int, _Conversation] = {}
+        self._open: dict[int, tuple[Address, int]] = {}
+        """Sync number -> to whom, and which page of the conversation it asks for."""
         self._heal_queue: list[Address] = []
         self._sync_s = context.config.sync_first_s
+        self._started = 0.0
 
     def start(self) -> None:
+        self._started = self._context.running
         self._context.arm(self._sync_s, SYNC)
         self._context.arm(self._context.rng.random() * self._context.config.heal_s, HEAL)
 
@@ -73,14 +64,12 @@ class Syncer:
             self._introduced[subject] = delay * 2
             context.arm(delay, JOIN, subject)
 
-    def ask(self, address: Address, after: _Conversation | None = None) -> None:
+    def ask(self, address: Address, pages: int = 1) -> None:
         roster = self._context.roster
-        conversation = _Conversation(address, after.pages + 1, after.joining) if after else _Conversation(address)
-        conversation.joining |= not roster.live
         seq = self._context.number()
         while len(self._open) >= MAX_OPEN:
             del self._open[next(iter(self._open))]
-        self._open[seq] = conversation
+        self._open[seq] = (address, pages)
         self._context.send(address, Sync(seq, whole_record(roster.local, self._context.now), roster.digests()))
 
     def periodic(self, _: object = None) -> None:
@@ -141,10 +130,12 @@ class Syncer:
 
     def on_reply(self, reply: SyncReply) -> None:
         """Merge, then push what we know better; a refutation of ours made just now is part of it."""
-        conversation = self._open.pop(reply.seq, None)
-        if conversation is None:
+        address, pages = self._open.pop(reply.seq, (None, 0))
+        if address is None:
             return
-        self._spreader.muted = conversation.joining
+        config = self._context.config
+        newcomer = self._context.running - self._started < config.newcomer_s
+        self._spreader.muted = newcomer and len(reply.records) > config.small
         for record in reply.records:
             self._merger.apply(record, whole=True)
         self._spreader.muted = False
@@ -156,9 +147,9 @@ class Syncer:
                 if their is None or (member.version, CODES[member.state]) > their:
                     better.append(whole_record(member, self._context.now))
         if better:
-            self._context.send(conversation.address, SyncPush(tuple(_fitting(better, self._context.config.sync_bytes))))
-        if reply.more and reply.covered and conversation.pages < self._context.config.sync_pages:
-            self.ask(conversation.address, conversation)
+            self._context.send(address, SyncPush(tuple(_fitting(better, self._context.config.sync_bytes))))
+        if reply.more and reply.covered and pages < config.sync_pages:
+            self.ask(address, pages + 1)
 
     def on_push(self, push: SyncPush, source: str) -> None:
         """Merge; if it said that we are down, answer the pusher directly: no gossip of ours reaches it yet."""
