@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
 from p2pdyn.core.router import Policy, Target
 from p2pdyn.core.types import Load, NodeId
-from p2pdyn.wire.requests import Delta
+from p2pdyn.wire.requests import Row
 
 MIGRATION_LIMIT = 3
 """Attempts after the first. A request that kills its workers must stop before it has killed them all."""
@@ -84,8 +84,6 @@ class Flights:
         self._at: dict[NodeId, dict[int, Flight]] = {}
         self._targets: dict[NodeId, Target] = {}
         self._serving: dict[str, list[NodeId]] = {}
-        self.touched: dict[Sink, None] = {}
-        """Sinks that got tokens since the shell last flushed them."""
         self.migrations = 0
         self.holes = 0
         self.stale = 0
@@ -128,33 +126,31 @@ class Flights:
         flight = self.open.get(rid)
         return [] if flight is None else self._release(flight)
 
-    def tokens(self, worker: NodeId, deltas: Sequence[Delta], now: float) -> list[Action]:
+    def tokens(self, worker: NodeId, deltas: Sequence[Row], now: float) -> list[Action]:
         """One engine step's tokens. The hot path: one dict look-up and one sink call a delta."""
         mine = self._at.get(worker)
         if mine is None:
-            return [Abandon(worker, delta.rid, delta.attempt) for delta in deltas if not delta.finish]
+            return [Abandon(worker, rid, attempt) for rid, attempt, _, _, finish, _, _ in deltas if not finish]
         actions: list[Action] = []
-        touched = self.touched
-        for delta in deltas:
-            flight = mine.get(delta.rid)
-            if flight is None or delta.attempt != flight.attempt:
+        for rid, attempt, offset, tokens, finish, cached, logprobs in deltas:
+            flight = mine.get(rid)
+            if flight is None or attempt != flight.attempt:
                 self.stale += 1
-                if not delta.finish:
-                    actions.append(Abandon(worker, delta.rid, delta.attempt))
+                if not finish:
+                    actions.append(Abandon(worker, rid, attempt))
                 continue
-            tokens = delta.tokens
-            if delta.offset != flight.received:
+            if offset != flight.received:
                 self.holes += 1
                 actions += self._lost(flight, f"token frames from worker {worker} were lost", now)
                 continue
             if tokens:
-                cached = 0 if flight.received else delta.cached
-                flight.received += len(tokens)
+                flight.received = offset + len(tokens)
                 flight.output.extend(tokens)
-                flight.sink.on_tokens(tokens, self._read_logprobs(delta.logprobs) if delta.logprobs else (), cached)
-                touched[flight.sink] = None
-            if delta.finish:
-                actions += self._finish(flight, delta.finish, now)
+                flight.sink.on_tokens(
+                    tokens, self._read_logprobs(logprobs) if logprobs else (), 0 if offset else cached
+                )
+            if finish:
+                actions += self._finish(flight, finish, now)
         return actions
 
     def refused(self, worker: NodeId, rid: int, attempt: int, code: str, reason: str, now: float) -> list[Action]:

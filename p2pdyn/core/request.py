@@ -69,6 +69,3 @@ class Sink(Protocol):
 
     def on_end(self, outcome: Outcome) -> None:
         """Exactly once, and last, unless the job was cancelled by its own ticket."""
-
-    def flush(self) -> None:
-        """All tokens that were there have been handed over: write now, in one go."""

@@ -7,12 +7,13 @@ routing id, automatic and so never that of an earlier connection.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from p2pdyn.core.request import Logprobs
 from p2pdyn.core.types import SamplingParams
 from p2pdyn.engines.base import Output, Sequence
-from p2pdyn.wire.requests import Generate, Refused
+from p2pdyn.wire.requests import Generate, Refused, Row
 
 
 @dataclass(slots=True)
@@ -41,6 +42,8 @@ class Served:
         self._context = context
         self._max_open = max_open
         self._next_key = 1
+        self.tokens = 0
+        """Sent so far."""
         self.draining = False
         self.connections: dict[bytes, Connection] = {}
         self.running: dict[int, Running] = {}
@@ -103,25 +106,30 @@ class Served:
                 keys.append(self._forget(running))
         return keys
 
-    def outputs(self, outputs: Iterable[Output]) -> dict[bytes, list[tuple[Running, int, Output]]]:
-        """One step's outputs by connection, each with its request and the offset of its first token; what has finished
-        is forgotten. Outputs of aborted sequences are dropped."""
-        by_connection: dict[bytes, list[tuple[Running, int, Output]]] = {}
+    def outputs(self, outputs: Iterable[Output], pack_logprobs: Callable[[Logprobs], bytes]) -> dict[bytes, list[Row]]:
+        """One step's outputs by connection, as the rows of its Tokens message; what has finished is forgotten, outputs
+        of aborted sequences are dropped."""
+        by_connection: dict[bytes, list[Row]] = {}
         running_by_key = self.running
+        total = 0
         for output in outputs:
             running = running_by_key.get(output.key)
             if running is None:
                 continue
-            offset = running.offset
-            running.offset = offset + len(output.tokens)
-            row = (running, offset, output)
+            tokens, finish, offset = output.tokens, output.finish, running.offset
+            count = len(tokens)
+            running.offset = offset + count
+            total += count
+            logprobs = pack_logprobs(output.logprobs) if output.logprobs else b""
+            row = (running.rid, running.attempt, offset, tokens, finish, output.cached, logprobs)
             rows = by_connection.get(running.connection)
             if rows is None:
                 by_connection[running.connection] = [row]
             else:
                 rows.append(row)
-            if output.finish:
+            if finish:
                 self._forget(running)
+        self.tokens += total
         return by_connection
 
     def gone(self, connection: bytes) -> list[int]:

@@ -26,11 +26,13 @@ class Runner(Protocol):
 
     on_step: OnStep
     on_death: OnDeath
-    load: Load
-    """As of the last step."""
     steps: int
     last_step_s: float
     """Loop time of the last step, or of the last submit into an idle engine if that is later."""
+
+    @property
+    def load(self) -> Load:
+        """Now, or as of the last step."""
 
     @property
     def has_work(self) -> bool:
@@ -74,7 +76,6 @@ class InProcessRunner:
     def __init__(self, name: str, module: str, options: EngineOptions, on_step: OnStep, on_death: OnDeath) -> None:
         self.on_step = on_step
         self.on_death = on_death
-        self.load = Load()
         self.steps = 0
         self.last_step_s = 0.0
         self._name = name
@@ -91,6 +92,10 @@ class InProcessRunner:
         return self._engine
 
     @property
+    def load(self) -> Load:
+        return self._engine.load_report() if self._engine is not None else Load()
+
+    @property
     def has_work(self) -> bool:
         return bool(self._open)
 
@@ -104,7 +109,6 @@ class InProcessRunner:
         info = await asyncio.to_thread(engine.load, report)
         self._loop = loop
         self._engine = engine
-        self.load = engine.load_report()
         self.last_step_s = loop.time()
         return info
 
@@ -118,7 +122,6 @@ class InProcessRunner:
         for sequence in sequences:
             self._open.add(sequence.key)
             engine.submit(sequence, now)
-        self.load = engine.load_report()
         self._arm(engine)
 
     def abort(self, keys: list[int]) -> None:
@@ -129,7 +132,6 @@ class InProcessRunner:
         for key in keys:
             self._open.discard(key)
             engine.abort(key, now)
-        self.load = engine.load_report()
         self._arm(engine)
 
     async def close(self) -> None:
@@ -174,7 +176,6 @@ class InProcessRunner:
         if step is not None:
             self.steps += 1
             self.last_step_s = self._loop.time()
-            self.load = engine.load_report()
             for output in step.outputs:
                 if output.finish:
                     self._open.discard(output.key)

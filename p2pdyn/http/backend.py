@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +26,9 @@ class ModelStatus:
 
 class Backend(Protocol):
     """All on the event loop."""
+
+    on_batch: Callable[[], None]
+    """Set by the endpoint; called when all tokens that had come have been handed to their sinks."""
 
     def models(self) -> list[ModelStatus]:
         """Every known model; a model stays known for ten minutes after its last worker left."""

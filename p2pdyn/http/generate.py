@@ -35,7 +35,8 @@ class Generations:
         self._metrics = metrics
         self._speeches = Speeches(backend)
         self._loop = asyncio.get_running_loop()
-        self._pacer = Pacer(self._loop)
+        self._pacer = Pacer(self._loop, backend.cancel)
+        backend.on_batch = self._pacer.batch_done
 
     async def chat(self, scope: Any, receive: Any, send: Any) -> None:
         await self._answer(scope["extensions"][EXTENSION]["exchange"], True)

@@ -50,7 +50,7 @@ class HttpMetrics:
         self.prompt_tokens = 0
         self.output_tokens = 0
         self.ttft = Histogram("p2pdyn_http_ttft_seconds", "Request complete to first token.", FAST)
-        self.itl = Histogram("p2pdyn_http_itl_seconds", "Between two token batches of one choice.", FAST)
+        self.itl = Histogram("p2pdyn_http_itl_seconds", "Between two writes of a stream, a token.", FAST)
         self.duration = Histogram("p2pdyn_http_generation_seconds", "Request complete to its last token.", LONG)
 
     def rows(self, connections: int) -> list[Row]:

@@ -7,7 +7,7 @@ A plain token (no stop strings, no logprobs, a whole character) costs one dictio
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected
@@ -29,9 +29,9 @@ class Choice:
     """One sequence of the answer. ``index`` is its number in the answer, ``prompt`` that of its prompt."""
 
     __slots__ = (
-        "_detokenizer", "_entries", "_escaped", "_head", "_ids", "_last", "_matcher", "_next_head", "_out", "_parts",
-        "_plain", "_silent", "_tail", "_written", "cached", "count", "ended", "finish", "index", "prompt", "reply",
-        "ticket",
+        "_detokenizer", "_entries", "_escaped", "_head", "_ids", "_joint", "_matcher", "_next_head", "_out", "_parts",
+        "_plain", "_silent", "_stream", "_tail", "_texts", "_written", "cached", "count", "ended", "finish", "index",
+        "prompt", "reply", "ticket",
     )  # fmt: skip
 
     def __init__(self, reply: Reply, index: int, prompt: int, echo: str) -> None:
@@ -44,6 +44,10 @@ class Choice:
         self._out = reply.out
         self._head, self._next_head = form.heads(index)
         self._tail = form.middle + b"null" + form.end
+        self._joint = self._tail + self._next_head
+        self._stream = ask.stream
+        self._texts: list[bytes] = []
+        """JSON-escaped, of plain tokens not yet made into events."""
         self._escaped = reply.tokenizer.escaped
         self._detokenizer = reply.tokenizer.detokenizer()
         self._matcher = StopMatcher(ask.stops) if ask.stops else None
@@ -53,7 +57,6 @@ class Choice:
         self._ids: list[int] = []
         self._parts: list[str] = []
         self._written = 0
-        self._last = 0.0
         if echo:
             self._emit(echo, None)
 
@@ -66,21 +69,33 @@ class Choice:
     def on_tokens(self, tokens: Sequence[int], logprobs: Logprobs, cached: int) -> None:
         if self.ended:
             return
-        self._measure(cached)
+        reply = self.reply
+        if not self.count:
+            self.cached = cached
+            reply.first_token()
         if not self._plain:
             self._push_carefully(tokens, logprobs)
-            return
-        self.count += len(tokens)
-        if not self.reply.ask.stream:
+        elif self._stream:
+            self.count += len(tokens)
+            known, detokenizer, add = self._escaped, self._detokenizer, self._texts.append
+            for token in tokens:
+                text = None if detokenizer.pending else known.get(token)
+                add(escaped(detokenizer.push(token)) if text is None else text)
+        else:
+            self.count += len(tokens)
             self._ids.extend(tokens)
             return
-        known, detokenizer, out = self._escaped, self._detokenizer, self._out
-        for token in tokens:
-            text = None if detokenizer.pending else known.get(token)
-            if text is None:
-                text = escaped(detokenizer.push(token))
-            out.append(self._head + text + self._tail)
+        if not reply.dirty:
+            reply.dirty = True
+            reply.pacer.waiting.append(reply)
+
+    def drain(self) -> None:
+        """Make events of the plain tokens that wait."""
+        texts = self._texts
+        if texts:
+            self._out.append(self._head + self._joint.join(texts) + self._tail)
             self._head = self._next_head
+            texts.clear()
 
     def on_end(self, outcome: Outcome) -> None:
         if self.ended:
@@ -92,19 +107,7 @@ class Choice:
             return
         self._end(outcome.finish, self._rest())
 
-    def flush(self) -> None:
-        self.reply.flush()
-
     # ---- inside
-
-    def _measure(self, cached: int) -> None:
-        now = self.reply.now = self.reply.loop.time()
-        if self._last:
-            self.reply.metrics.itl.observe(now - self._last)
-        else:
-            self.cached = cached
-            self.reply.first_token(now)
-        self._last = now
 
     def _push_carefully(self, tokens: Sequence[int], logprobs: Logprobs) -> None:
         minimum = self.reply.ask.params.min_tokens
@@ -162,22 +165,38 @@ class Choice:
 
 
 class Pacer:
-    """At most one write a :data:`PACE_S` and answer: what comes sooner after the last one waits here together."""
+    """Has answers written when the mesh has handed out all tokens that had come, but at most once a :data:`PACE_S`.
+    ``waiting`` are the answers with something to write, ``cancels`` the tickets of choices that a stop string ended."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Callable[[int], None]) -> None:
         self._loop = loop
-        self._waiting: list[Reply] = []
+        self._cancel = cancel
+        self.cancels: list[int] = []
+        self._last = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self.waiting: list[Reply] = []
 
-    def add(self, reply: Reply) -> None:
-        reply.paced = True
-        if not self._waiting:
-            self._loop.call_later(PACE_S, self._flush)
-        self._waiting.append(reply)
+    def batch_done(self) -> None:
+        if self.cancels:
+            cancels, self.cancels = self.cancels, []
+            for ticket in cancels:
+                self._cancel(ticket)
+        if self.waiting and self._timer is None:
+            now = self._loop.time()
+            if now - self._last >= PACE_S:
+                self._flush(now)
+            else:
+                self._timer = self._loop.call_at(self._last + PACE_S, self._late)
 
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
+    def _late(self) -> None:
+        self._timer = None
+        self._flush(self._loop.time())
+
+    def _flush(self, now: float) -> None:
+        self._last = now
+        waiting, self.waiting = self.waiting, []
         for reply in waiting:
-            reply.flush_paced()
+            reply.flush(now)
 
 
 class Reply:
@@ -207,11 +226,11 @@ class Reply:
         self._started = False
         self._over = False
         self._first = True
-        self._cancels: list[int] = []
-        self._pacer = pacer
+        self.pacer = pacer
+        self.dirty = False
+        """It waits for the pacer."""
         self._last_write = 0.0
-        self.now = 0.0
-        self.paced = False
+        self._told = 0
 
     def start(self, jobs: Sequence[tuple[Job, int, str]]) -> None:
         """Submit (job, number of its prompt, text to echo) for each choice. Raises Rejected; then nothing is left."""
@@ -235,39 +254,37 @@ class Reply:
         if self._over and not choice.ended:
             self.backend.cancel(ticket)
 
-    def first_token(self, now: float) -> None:
+    def first_token(self) -> None:
         if self._first:
             self._first = False
-            self.metrics.ttft.observe(now - self._began)
+            self.metrics.ttft.observe(self.loop.time() - self._began)
 
-    def flush(self) -> None:
+    def flush(self, now: float) -> None:
         """Write what the choices have made, in one go."""
-        cancels, self._cancels = self._cancels, []
-        for ticket in cancels:
-            self.backend.cancel(ticket)
-        if not self.out or self._over or self.paced:
+        self.dirty = False
+        if self._over:
             return
-        if self.now - self._last_write < PACE_S:
-            self._pacer.add(self)
-        else:
-            self._write(last=False)
-
-    def flush_paced(self) -> None:
-        self.paced = False
-        if self.out and not self._over:
-            self.now += PACE_S
+        told = 0
+        for choice in self.choices:
+            choice.drain()
+            told += choice.count
+        if self.out:
+            if self._last_write and told > self._told:
+                self.metrics.itl.observe((now - self._last_write) / (told - self._told))
+            self._last_write, self._told = now, told
             self._write(last=False)
 
     def cancel_later(self, choice: Choice) -> None:
         """A stop string was found. The mesh is in the middle of handing out tokens, so it hears of it at the flush."""
         if choice.ticket is not None:
-            self._cancels.append(choice.ticket)
+            self.pacer.cancels.append(choice.ticket)
 
     def choice_ended(self, choice: Choice, rest: str) -> None:
         self._open -= 1
         self.metrics.output_tokens += choice.count
         last = self._open == 0
         if self.ask.stream:
+            choice.drain()
             more = {} if not last or self.ask.include_usage else {"p2pdyn": self._facts()}
             finish = self.form.finish(choice.index, rest, choice.finish, choice.unsaid)
             self.out.append(self.form.chunk([finish], more))
@@ -302,7 +319,6 @@ class Reply:
         if not self._started:
             self._started = True
             self.exchange.stream(self._headers())
-        self._last_write = self.now
         data = self.out[0] if len(self.out) == 1 else b"".join(self.out)
         self.out.clear()
         self.exchange.write(data, last)

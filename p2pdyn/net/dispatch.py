@@ -62,6 +62,7 @@ class Dispatcher:
         self._eager = eager
         self._suspect = suspect
         self._report = report
+        self.on_batch: Callable[[], None] = lambda: None
         self._mesh_metrics = mesh_metrics
         self._peers: dict[NodeId, tuple[int, Address, PeerInfo]] = {}
         self._links: dict[NodeId, WorkerLink] = {}
@@ -203,7 +204,7 @@ class Dispatcher:
                 on_down=self._link_down,
                 on_message=self._message,
                 on_load=self._load,
-                batch_done=self._flush,
+                batch_done=self._batch_done,
             )
 
     def _link_up(self, link: WorkerLink) -> None:
@@ -231,7 +232,7 @@ class Dispatcher:
         self._retry[worker] = (tries + 1, now + RETRY_S[min(tries, len(RETRY_S) - 1)])
         self._carry_out(self.flights.worker_lost(worker, f"worker {worker} was lost ({reason})", now))
         self._reroute(now)
-        self._flush()
+        self.on_batch()
 
     def _reroute(self, now: float) -> None:
         serving = {
@@ -263,12 +264,8 @@ class Dispatcher:
         self.loads[worker] = load
         self.flights.report(worker, load)
 
-    def _flush(self) -> None:
-        touched = self.flights.touched
-        if touched:
-            self.flights.touched = {}
-            for sink in touched:
-                sink.flush()
+    def _batch_done(self) -> None:
+        self.on_batch()
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:

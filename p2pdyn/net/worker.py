@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
-from p2pdyn.core.served import Running, Served
+from p2pdyn.core.served import Served
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
@@ -23,6 +23,7 @@ from p2pdyn.wire.schema import REQUESTS
 log = logging.getLogger(__name__)
 
 TICK_S = min(STREAM_HEARTBEAT_S, LOAD_EVENT_S)
+LOAD_SETTLE_S = 0.02
 CLOCK_JUMP_S = 2.0
 """A tick this late means that this process stood still (SIGSTOP, a suspended host), not that its frontends did."""
 
@@ -49,7 +50,7 @@ class WorkerService:
         self._events = sockets.xpub(events, max_size=EVENT_MAX)
         self._timer = self._loop.call_later(TICK_S, self._tick)
         self.malformed = 0
-        self.generated_tokens = 0
+        self._load_timer: asyncio.TimerHandle | None = None
         self.requests_total = 0
 
     @property
@@ -72,6 +73,10 @@ class WorkerService:
         return self._runner.load if self._runner is not None else Load()
 
     @property
+    def generated_tokens(self) -> int:
+        return self._served.tokens if self._served is not None else 0
+
+    @property
     def open(self) -> int:
         return len(self._served.running) if self._served is not None else 0
 
@@ -91,6 +96,8 @@ class WorkerService:
 
     def close(self) -> None:
         self._timer.cancel()
+        if self._load_timer is not None:
+            self._load_timer.cancel()
         self._router.close()
         self._events.close()
 
@@ -183,7 +190,7 @@ class WorkerService:
             self._runner.submit(self._admitted)
             self._admitted = []
             if not self._was_busy:
-                self._publish_load()
+                self._publish_load_soon()
 
     # Steps out.
 
@@ -192,11 +199,10 @@ class WorkerService:
         served = self._served
         if served is None or not step.outputs:
             return
-        for connection, rows in served.outputs(step.outputs).items():
-            self._send(connection, encode_tokens(self._epoch, [_delta(row) for row in rows]))
-            self.generated_tokens += sum(len(output.tokens) for _, _, output in rows)
+        for connection, rows in served.outputs(step.outputs, encode_logprobs).items():
+            self._send(connection, encode_tokens(self._epoch, rows))
         if self._was_busy and not served.running:
-            self._publish_load()
+            self._publish_load_soon()
 
     def _send(self, connection: bytes, data: bytes) -> None:
         if not self._router.send((connection, data)) and self._served is not None:
@@ -227,7 +233,15 @@ class WorkerService:
             if known.open:
                 self._send(connection, encode(Heartbeat(self._epoch, steps, tuple(known.open))))
 
+    def _publish_load_soon(self) -> None:
+        """From idle to busy or back; under light load that is twice a request, so not each one is told."""
+        if self._load_timer is None:
+            self._load_timer = self._loop.call_later(LOAD_SETTLE_S, self._publish_load)
+
     def _publish_load(self) -> None:
+        if self._load_timer is not None:
+            self._load_timer.cancel()
+            self._load_timer = None
         load = self.load
         self._was_busy = self.open > 0
         self._event_seq += 1
@@ -245,10 +259,3 @@ class WorkerService:
             load.itl_ms,
         )
         self._events.send((TOPIC_LOAD, encode(event)))
-
-
-def _delta(row: tuple[Running, int, base.Output]) -> tuple[int, int, int, tuple[int, ...], str, int, bytes]:
-    """A :class:`~p2pdyn.wire.requests.Delta`, as the plain tuple that the codec packs."""
-    running, offset, output = row
-    logprobs = encode_logprobs(output.logprobs) if output.logprobs else b""
-    return running.rid, running.attempt, offset, output.tokens, output.finish, output.cached, logprobs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 
@@ -23,7 +23,7 @@ from p2pdyn.wire.blobs import (
     encode_params,
 )
 from p2pdyn.wire.pack import unpack
-from p2pdyn.wire.requests import MAX_OPEN, Delta, Tokens
+from p2pdyn.wire.requests import MAX_OPEN, Delta, Row, Tokens
 from p2pdyn.wire.schema import CONTROL, EVENTS, REGISTRY, REQUESTS
 from p2pdyn.wire.shape import WireError, field_shapes, record_shape
 
@@ -119,13 +119,9 @@ _TOKENS_KIND: int = Tokens.KIND  # type: ignore[attr-defined]
 _EPOCH = struct.Struct("<Q")
 _DELTA = struct.Struct("<QIIBB")
 _check_tokens, _check_finish, _check_cached, _check_logprobs = (s.load for s in field_shapes(Delta)[3:])
-_new = tuple.__new__
-
-DeltaRow = tuple[int, int, int, tuple[int, ...], str, int, bytes]
-"""A Delta, or the plain tuple of its fields."""
 
 
-def encode_tokens(epoch: int, deltas: Sequence[DeltaRow]) -> bytes:
+def encode_tokens(epoch: int, deltas: Sequence[Row]) -> bytes:
     """What ``encode(Tokens(epoch, deltas))`` gives; plain tuples spare the worker building a Delta for each."""
     if len(deltas) > MAX_OPEN:
         raise WireError(f"Tokens.deltas: more than {MAX_OPEN} items")
@@ -158,20 +154,19 @@ def _load_tokens(fields: tuple[Any, ...]) -> Tokens:
         raise WireError("Tokens: not a whole number of records")
     if count > MAX_OPEN:
         raise WireError(f"Tokens.deltas: more than {MAX_OPEN} items")
-    deltas: list[Delta] = []
+    deltas: list[Row] = []
     add, more = deltas.append, iter(rest)
     for rid, offset, token, attempt, flag in _DELTA.iter_unpack(memoryview(block)[_EPOCH.size :]):
         if not flag:
-            # tuple.__new__ skips NamedTuple's own constructor: half the time, same object.
-            add(_new(Delta, (rid, attempt, offset, (token,), "", 0, b"")))
+            add((rid, attempt, offset, (token,), "", 0, b""))
             continue
         extra = next(more, None)
         if flag != 1 or token or type(extra) is not tuple or len(extra) != 4:
             raise WireError("Tokens: records and their rest do not match")
-        add(_new(Delta, (rid, attempt, offset, *_rest(*extra))))
+        add((rid, attempt, offset, *_rest(*extra)))
     if next(more, None) is not None or len(rest) > len(deltas):
         raise WireError("Tokens: records and their rest do not match")
-    return Tokens(_EPOCH.unpack_from(block)[0], tuple(deltas))
+    return Tokens(_EPOCH.unpack_from(block)[0], cast(tuple[Delta, ...], tuple(deltas)))
 
 
 _loads[REQUESTS][_TOKENS_KIND] = _load_tokens

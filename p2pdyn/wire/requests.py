@@ -86,6 +86,10 @@ class Delta(NamedTuple):
     logprobs: Annotated[bytes, Cap(4 * 2**20)] = b""
 
 
+Row = tuple[int, int, int, tuple[int, ...], str, int, bytes]
+"""A Delta, or the plain tuple of its fields: equal, and made at half the cost."""
+
+
 @message(REQUESTS, 5)
 @dataclass(frozen=True, slots=True)
 class Tokens:

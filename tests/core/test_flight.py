@@ -46,9 +46,6 @@ class Recorder:
         assert not self.cancelled
         self.ends.append(outcome)
 
-    def flush(self) -> None:
-        pass
-
 
 def make_flights(*workers: NodeId, policy: str = "round-robin") -> Flights:
     flights = Flights(make_policy(policy, random.Random(1)), lambda data: ())

@@ -36,14 +36,16 @@ def test_outputs_go_back_to_their_connection_with_offsets() -> None:
     served = make()
     first = admit(served, ONE, generate(1))
     second = admit(served, TWO, generate(1, tokens=6))
-    rows = served.outputs([Output(first.key, (7,)), Output(second.key, (8,), "stop"), Output(99, (1,))])
-    assert {c: [(r.rid, offset, o.tokens) for r, offset, o in batch] for c, batch in rows.items()} == {
-        ONE: [(1, 0, (7,))],
-        TWO: [(1, 2, (8,))],  # two tokens came from an earlier attempt
+    step = [Output(first.key, (7,), cached=4), Output(second.key, (8,), "stop"), Output(99, (1,))]
+    assert served.outputs(step, repr) == {  # type: ignore[arg-type]
+        ONE: [(1, 0, 0, (7,), "", 4, b"")],
+        TWO: [(1, 0, 2, (8,), "stop", 0, b"")],  # two tokens came from an earlier attempt
     }
+    assert served.tokens == 2
     assert list(served.running) == [first.key]
-    again = served.outputs([Output(first.key, (9,))])
-    assert again[ONE][0][1] == 1
+    logprobs = ((-0.5, ()),)
+    (row,) = served.outputs([Output(first.key, (9,), logprobs=logprobs)], lambda given: repr(given).encode())[ONE]
+    assert row[2:] == (1, (9,), "", 0, repr(logprobs).encode())
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_cancel_needs_the_connection_and_the_attempt() -> None:
     assert served.cancel(TWO, [(1, 1)]) == []
     assert served.cancel(ONE, [(1, 0), (2, 1)]) == []
     assert served.cancel(ONE, [(1, 1)]) == [sequence.key]
-    assert served.outputs([Output(sequence.key, (7,))]) == {}
+    assert served.outputs([Output(sequence.key, (7,))], lambda given: b"") == {}
 
 
 def test_silent_and_closed_connections_lose_their_requests() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from p2pdyn.core.request import Failure, Job, Outcome, Rejected, Sink
@@ -28,6 +28,7 @@ class LocalBackend:
         self.running: dict[int, Sink] = {}
         self.jobs: list[Job] = []
         self.failure: Failure | None = None
+        self.on_batch: Callable[[], None] = lambda: None
         self.cancelled: list[int] = []
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -85,18 +86,15 @@ class LocalBackend:
 
     def _step(self) -> None:
         self._timer = None
-        touched: list[Sink] = []
         for output in self.engine.step(self._loop.time()).outputs:
             sink = self.running.get(output.key)
             if sink is None:
                 continue
             if output.tokens:
                 sink.on_tokens(output.tokens, output.logprobs, output.cached)
-                touched.append(sink)
             if output.finish and self.running.pop(output.key, None) is not None:
                 sink.on_end(self._outcome(output.finish, output.detail))
-        for sink in touched:
-            sink.flush()
+        self.on_batch()
         self._arm()
 
     @staticmethod
