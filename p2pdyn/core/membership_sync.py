@@ -133,12 +133,7 @@ class Syncer:
         address, pages = self._open.pop(reply.seq, (None, 0))
         if address is None:
             return
-        config = self._context.config
-        newcomer = self._context.running - self._started < config.newcomer_s
-        self._spreader.muted = newcomer and len(reply.records) > config.small
-        for record in reply.records:
-            self._merger.apply(record, whole=True)
-        self._spreader.muted = False
+        self._learn(reply.records)
         theirs = {record.id: (version_of(record), record.state) for record in reply.records}
         better: list[Record] = []
         for members in self._by_bucket([b for b in range(BUCKETS) if reply.covered >> b & 1]).values():
@@ -148,15 +143,23 @@ class Syncer:
                     better.append(whole_record(member, self._context.now))
         if better:
             self._context.send(address, SyncPush(tuple(_fitting(better, self._context.config.sync_bytes))))
-        if reply.more and reply.covered and pages < config.sync_pages:
+        if reply.more and reply.covered and pages < self._context.config.sync_pages:
             self.ask(address, pages + 1)
+
+    def _learn(self, records: tuple[Record, ...]) -> None:
+        """Merge another's view. A newcomer does not tell on what everybody else knows."""
+        config = self._context.config
+        newcomer = self._context.running - self._started < config.newcomer_s
+        self._spreader.muted = newcomer and len(records) > config.small
+        for record in records:
+            self._merger.apply(record, whole=True)
+        self._spreader.muted = False
 
     def on_push(self, push: SyncPush, source: str) -> None:
         """Merge; if it said that we are down, answer the pusher directly: no gossip of ours reaches it yet."""
         roster = self._context.roster
         before = roster.local.version
-        for record in push.records:
-            self._merger.apply(record, whole=True)
+        self._learn(push.records)
         member = roster.members.get(NodeId(source))
         if roster.local.version != before and member is not None and roster.local.state != LEFT:
             self._context.send(member.address, Gossip((whole_record(roster.local, self._context.now),)))
