@@ -80,7 +80,7 @@ class MembershipConfig:
     """The same for a new node; doubles up to sync_s. A node that joins among many others misses much of the gossip."""
 
     newcomer_s: float = 10.0
-    """A node that ran shorter than this does not tell on what a large SyncReply or SyncPush taught it: to all others it is
+    """A node that ran shorter than this does not tell on what a large Sync answer taught it: to all others it is
     no news, and 1000 records told ten times are 3 MB."""
 
     sync_bytes: int = 48 * 1024
