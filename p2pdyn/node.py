@@ -182,7 +182,10 @@ class Node:
         settings = HttpSettings(
             config.http, api_key_file=config.api_key_file, tls_cert=config.tls_cert, tls_key=config.tls_key
         )
-        server = HttpServer(self.dispatcher, settings)
+        try:
+            server = HttpServer(self.dispatcher, settings)
+        except (OSError, ValueError) as error:  # a key file or a certificate
+            raise ConfigError(str(error)) from None
         try:
             url = await server.start()
         except OSError as error:

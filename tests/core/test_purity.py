@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import p2pdyn
 
 PROGRAM = """
 import sys
@@ -31,4 +34,5 @@ def test_importing_the_cores_loads_no_io() -> None:
 
 def _with_paths() -> str:
     """No site packages of its own (-S), so that nothing is loaded before; then the paths of this interpreter."""
-    return f"import sys; sys.path[:] = {sys.path!r}\n{PROGRAM}"
+    paths = [str(Path(p2pdyn.__file__).parent.parent), *sys.path]
+    return f"import sys; sys.path[:] = {paths!r}\n{PROGRAM}"

@@ -127,7 +127,7 @@ def test_garbage_disturbs_nobody(cluster: Cluster) -> None:
     counted = dropped(frontend)
     assert counted["bad-message"] > ROUNDS, "the garbage did not arrive"
     assert counted["future-version"] > ROUNDS
-    assert counted["bad-handshake"] > 0
+    assert counted.get("bad-handshake", 0) + counted.get("abandoned-handshake", 0) > 0
     growth = [resident_mb(node) - had for node, had in zip(nodes, memory, strict=True)]
     assert max(growth) < GROWTH_MB, growth
     assert not any("Traceback" in node.stderr for node in nodes)
