@@ -67,7 +67,7 @@ def test_a_data_dir_in_use(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_wrong_engine_argument(start: Start) -> None:
-    assert "--nonsense" in failed(start("--no-http", "--", "--nonsense", "1"), 1)
+    assert "--nonsense" in failed(start("--no-http", "--", "--nonsense", "1"), 2)
 
 
 def test_settings_from_a_file(start: Start, tmp_path: Path) -> None:
