@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,26 @@ def test_a_killed_worker_is_out_of_routing_at_once_and_its_stream_goes_on(cluste
     answers = [ask(frontend, f"question {i}", max_tokens=4) for i in range(8)]
     assert {a.model_extra["p2pdyn"]["workers"][0] for a in answers} == {survivor}
     assert time.monotonic() - killed_at < 20
+
+
+def test_a_killed_idle_worker_is_out_of_routing_within_half_a_second(cluster: Cluster) -> None:
+    frontend = cluster.frontend("f1")
+    victim, survivor = (cluster.worker(f"w{i}", seeds=[frontend]) for i in (1, 2))
+    wait_for(lambda: len(ready_workers(frontend, cluster)) == 2, 10, "both workers")
+    for _ in range(4):
+        ask(frontend, max_tokens=1)
+    victim.kill()
+    killed_at = time.monotonic()
+    wait_for(lambda: links_up(frontend) == {survivor.id}, 0.5, "the victim out of routing", every=0.01)
+    assert time.monotonic() - killed_at < 0.5
+    served = {ask(frontend, max_tokens=1).model_extra["p2pdyn"]["workers"][0] for _ in range(20)}
+    assert served == {survivor.id}
+
+
+def links_up(frontend: NodeProcess) -> set[str]:
+    """The workers that the frontend would send a request to."""
+    with urllib.request.urlopen(f"{frontend.url}/metrics", timeout=10) as answer:
+        return set(re.findall(r'worker_link_up{worker="(\w+)"} 1', answer.read().decode()))
 
 
 def test_a_new_worker_takes_traffic_within_a_second_of_ready(cluster: Cluster) -> None:
