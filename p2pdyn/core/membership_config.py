@@ -86,6 +86,11 @@ class MembershipConfig:
     sync_bytes: int = 48 * 1024
     """Records in a SyncReply or SyncPush; control messages are at most 64 kB."""
 
+    answer_burst: int = 512 * 1024
+    answer_rate: int = 32 * 1024
+    """Bytes, and bytes/s, of records that a node gives in answers. Above it the answer is a few records: a node that
+    comes back to a cluster of 1000 is asked by hundreds at once, each of whom lacks nothing but the node itself."""
+
     sync_pages: int = 32
     """Most SyncReplies in one conversation: 5000 members of 300 B; it ends a conversation that makes no progress."""
 

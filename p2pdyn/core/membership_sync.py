@@ -37,6 +37,8 @@ class Syncer:
         self._heal_queue: list[Address] = []
         self._sync_s = context.config.sync_first_s
         self._started = 0.0
+        self._refilled = 0.0
+        self._allowance = float(context.config.answer_burst)
 
     def start(self) -> None:
         self._started = self._context.running
@@ -105,6 +107,8 @@ class Syncer:
             return
         self._merger.apply(sync.record, whole=True, direct=True)
         differ = _differing(roster.digests(), sync.digests)
+        if not self._may_answer():
+            differ = [bucket_of(roster.id)] if bucket_of(roster.id) in differ else []
         covered, room = 0, context.config.sync_bytes
         records: list[Record] = []
         by_bucket = self._by_bucket(differ)
@@ -117,8 +121,17 @@ class Syncer:
             covered |= 1 << bucket
             room -= size
         kept = tuple(_fitting(records, context.config.sync_bytes))
+        self._allowance -= sum(map(record_size, kept))
         more = covered.bit_count() < len(differ)
         context.actions.append(Reply(to, SyncReply(sync.seq, covered, more, kept)))
+
+    def _may_answer(self) -> bool:
+        """A token bucket of bytes, refilled as time passes."""
+        config, now = self._context.config, self._context.running
+        self._allowance += (now - self._refilled) * config.answer_rate
+        self._allowance = min(self._allowance, config.answer_burst)
+        self._refilled = now
+        return self._allowance > 0
 
     def _by_bucket(self, buckets: list[int]) -> dict[int, list[Member]]:
         chosen: dict[int, list[Member]] = {bucket: [] for bucket in buckets}

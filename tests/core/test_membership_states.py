@@ -513,9 +513,9 @@ def test_push_pull_of_equal_views_carries_nothing() -> None:
 
 
 def test_push_pull_pages() -> None:
-    """A thousand members of 1 kB each do not fit into one message: the asker asks until it has them all."""
+    """A thousand members of 300 B each do not fit into one message: the asker asks until it has them all."""
     peer = Peer(0)
-    peer.core.preload(replace(member(1), id=f"{i:016x}", address=address(i), info=bytes(1000)) for i in range(1, 1000))
+    peer.core.preload(replace(member(1), id=f"{i:016x}", address=address(i), info=bytes(300)) for i in range(1, 1000))
     joiner = Peer(0)
     joiner.core = type(peer.core)(member(2000), joiner.config, random.Random(1))
     [(_, sync)] = sent(joiner.do(Introduced(address(0))), Sync)
@@ -527,6 +527,19 @@ def test_push_pull_pages() -> None:
             break
         [(_, sync)] = follow
     assert len(joiner.core.members) == 1001
+
+
+def test_answers_are_rationed() -> None:
+    """Hundreds may ask at once; each at least learns of us."""
+    peer = Peer(0)
+    peer.core.preload(replace(member(1), id=f"{i:016x}", address=address(i), info=bytes(300)) for i in range(1, 1000))
+    answers = [peer.ask(Sync(i, record(1), NO_DIGESTS))[0] for i in range(100)]
+    given = sum(len(r.info) for reply in answers for r in reply.records)
+    assert given <= peer.config.answer_burst + 100 * 20 * 300
+    assert node_id(0) in {r.id for r in answers[-1].records}
+    assert not answers[-1].more
+    peer.run(60.0, answering=range(1, 1000))
+    assert len(peer.ask(Sync(101, record(1), NO_DIGESTS))[0].records) > 100
 
 
 def test_merge_state() -> None:
