@@ -33,6 +33,9 @@ class Backend(Protocol):
     def models(self) -> list[ModelStatus]:
         """Every known model; a model stays known for ten minutes after its last worker left."""
 
+    def context(self, model: str) -> int:
+        """Tokens that prompt and output of this model may have together; 0 if the model is not known."""
+
     async def card(self, model: str) -> ModelCard:
         """The model's card, cached by hash, else fetched from a worker.
 

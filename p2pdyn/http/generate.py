@@ -63,8 +63,7 @@ class Generations:
 
     def _room(self, ask: Ask, prompts: list[Prompt], speech: Speech) -> list[int]:
         """Tokens that the context leaves behind each prompt; HttpError 400 if max_tokens does not fit."""
-        served = (status.context for status in self._backend.models() if status.name == ask.model)
-        context = next(served, 0) or speech.card.context or 2**31
+        context = self._backend.context(ask.model) or speech.card.context or 2**31
         lengths = [len(tokens) for tokens, _ in prompts]
         if 0 in lengths:
             raise bad("The prompt is empty: it must have at least one token.", "prompt")

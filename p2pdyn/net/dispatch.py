@@ -85,6 +85,10 @@ class Dispatcher:
             for m in self.catalog.models.values()
         ]
 
+    def context(self, model: str) -> int:
+        known = self.catalog.models.get(model)
+        return known.served.context if known is not None else 0
+
     async def card(self, model: str) -> ModelCard:
         known = self.catalog.models.get(model)
         if known is None:

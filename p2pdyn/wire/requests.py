@@ -144,9 +144,9 @@ class Chunk:
     data: Annotated[bytes, Cap(CHUNK)]
 
 
+_DEFAULTS = [(name, getattr(SamplingParams(), name)) for name in SamplingParams.__slots__]
+
+
 def describe_params(params: SamplingParams) -> dict[str, object]:
     """The fields that differ from their defaults: what travels in ``Generate.params``."""
-    plain = SamplingParams()
-    return {
-        name: value for name in SamplingParams.__slots__ if (value := getattr(params, name)) != getattr(plain, name)
-    }
+    return {name: value for name, default in _DEFAULTS if (value := getattr(params, name)) != default}

@@ -37,6 +37,9 @@ class LocalBackend:
     def models(self) -> list[ModelStatus]:
         return [ModelStatus("sim", 1, self.info.block_size, self.info.context, 1_700_000_000)]
 
+    def context(self, model: str) -> int:
+        return self.info.context if model == "sim" else 0
+
     async def card(self, model: str) -> ModelCard:
         if model != "sim":
             raise Rejected(Failure(404, "model_not_found", f"The model {model!r} does not exist here."))
