@@ -36,7 +36,7 @@ def burn(until: float) -> None:
 
 def loop_lag_ms(node: NodeProcess) -> float:
     with urllib.request.urlopen(f"{node.url}/metrics", timeout=30) as answer:
-        found = re.search(r"p2pdyn_loop_lag_seconds (\S+)", answer.read().decode())
+        found = re.search(r"^p2pdyn_loop_lag_seconds (\S+)", answer.read().decode(), re.MULTILINE)
     assert found is not None
     return float(found[1]) * 1000
 
