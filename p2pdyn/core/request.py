@@ -36,6 +36,7 @@ class Job:
     """One sequence to generate: prompt token ids (u32), validated parameters, routing wishes.
 
     ``resumable`` is False for what another worker could not continue exactly (penalties, guided decoding, logprobs).
+    ``whole``: the client waits for the end and nothing depends on single tokens, so they may come in larger parts.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Job:
     session: str = ""
     request_id: str = ""
     traceparent: str = ""
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

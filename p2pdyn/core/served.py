@@ -23,7 +23,10 @@ class Running:
     rid: int
     attempt: int
     offset: int
-    """Of the next token: generated tokens so far, those of earlier attempts included."""
+    """Of the next token to send: generated tokens so far, those of earlier attempts included."""
+    held: list[int] | None = None
+    """Tokens not sent yet, of a request whose first token has been sent and whose client waits for the whole answer."""
+    whole: bool = False
 
 
 @dataclass(slots=True)
@@ -72,7 +75,7 @@ class Served:
         tokens = array("I")
         tokens.frombytes(message.tokens)
         offset = len(tokens) - message.prompt_len
-        running = Running(self._next_key, connection, message.rid, message.attempt, offset)
+        running = Running(self._next_key, connection, message.rid, message.attempt, offset, whole=message.whole)
         self._next_key += 1
         known.open[message.rid] = running
         self.running[running.key] = running
@@ -117,6 +120,15 @@ class Served:
             if running is None:
                 continue
             tokens, finish, offset = output.tokens, output.finish, running.offset
+            if running.whole:
+                held = running.held
+                if held is None:
+                    running.held = []  # the first token goes at once: it tells how long the prompt took
+                elif finish:
+                    tokens = (*held, *tokens)
+                else:
+                    held += tokens
+                    continue
             count = len(tokens)
             running.offset = offset + count
             total += count
@@ -130,6 +142,18 @@ class Served:
             if finish:
                 self._forget(running)
         self.tokens += total
+        return by_connection
+
+    def held(self) -> dict[bytes, list[Row]]:
+        """What :meth:`outputs` has held back, as it gives it: a few times a second, so that little is lost with us."""
+        by_connection: dict[bytes, list[Row]] = {}
+        for running in self.running.values():
+            if running.held:
+                tokens, running.held = tuple(running.held), []
+                row = (running.rid, running.attempt, running.offset, tokens, "", 0, b"")
+                running.offset += len(tokens)
+                self.tokens += len(tokens)
+                by_connection.setdefault(running.connection, []).append(row)
         return by_connection
 
     def gone(self, connection: bytes) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import secrets
 from array import array
@@ -89,16 +90,19 @@ def _jobs(exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int]) 
     pin, session = _routing(fields, b"x-p2pdyn-pin"), _routing(fields, b"x-p2pdyn-session")
     name, trace = exchange.request_id.decode(), fields.get(b"traceparent", b"")
     trace = trace if TRACEPARENT.fullmatch(trace) else b""
+    whole = not (ask.stream or ask.stops or ask.params.logprobs is not None)
+    if ask.params.seed is None and ask.params.temperature > 0:
+        ask.params.seed = random.getrandbits(63)  # another worker must be able to go on with the same stream
     jobs: list[tuple[Job, int, str]] = []
     for number, (tokens, echo) in enumerate(prompts):
         most = ask.max_tokens or (room[number] if ask.messages else min(COMPLETION_TOKENS, room[number]))
         for copy in range(ask.n):
             params = ask.params
             if jobs:  # the first takes the request's own
-                seed = params.seed if params.seed is None else (params.seed + copy) & SEED_MASK
+                seed = None if params.seed is None else (params.seed + copy) & SEED_MASK
                 params = replace(params, seed=seed)
             params.max_tokens, params.min_tokens = most, min(params.min_tokens, most)
-            job = Job(ask.model, tokens, params, ask.resumable, pin, session, name, trace.decode())
+            job = Job(ask.model, tokens, params, ask.resumable, pin, session, name, trace.decode(), whole)
             jobs.append((job, number, echo))
     return jobs
 

@@ -298,6 +298,7 @@ class Dispatcher:
                 len(job.tokens),
                 action.tokens.tobytes(),
                 encode_params(job.params),
+                job.whole,
             )
         )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from p2pdyn.constants import CONTROL_MAX
+from p2pdyn.constants import CONTROL_MAX, CONTROL_PING_S
 from p2pdyn.core.actions import Action, Alarm, Fatal, MemberChanged, Reply, Send
 from p2pdyn.core.events import Announce, Event, Introduced, Leave, LinkDown, ProbeNow, Received, Tick
 from p2pdyn.core.membership import Member, Membership, MembershipConfig
@@ -83,7 +83,7 @@ class Mesh:
         self._on_change = on_change
         self._on_fatal = on_fatal
         self._loop = asyncio.get_running_loop()
-        self._router = sockets.router(listen, self._on_question, max_size=CONTROL_MAX)
+        self._router = sockets.router(listen, self._on_question, max_size=CONTROL_MAX, ping_s=CONTROL_PING_S)
         self.address = Address(advertise_host, self._router.addresses[0].port)
         """Of the control link, as other peers know it."""
         self._pool = Pool(sockets, self._on_answer, self._on_link_down)

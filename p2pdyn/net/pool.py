@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from p2pdyn.constants import CONTROL_MAX
+from p2pdyn.constants import CONTROL_MAX, CONTROL_PING_S
 from p2pdyn.core.types import Address
 from p2pdyn.net.link import Link
 from p2pdyn.net.sockets import Sockets
@@ -79,6 +79,7 @@ class Pool:
             address,
             lambda frames: self._on_answer(address, frames),
             max_size=CONTROL_MAX,
+            ping_s=CONTROL_PING_S,
             on_up=lambda: self._up(address),
             on_down=lambda reason: self._down(address, reason),
         )

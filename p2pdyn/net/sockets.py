@@ -26,7 +26,7 @@ EVENT_HIGH_WATER = 20_000
 """KV events come in bursts, and a lost one costs a snapshot."""
 MAX_SOCKETS = 16_384
 """libzmq's default of 1023 is reached by a frontend with 256 workers."""
-PING_MS, PING_TIMEOUT_MS, PING_TTL_MS = 2000, 4000, 8000
+PING_S = 2.0
 """ZMTP heartbeats only clear away half-open connections; liveness is decided by the messages on top."""
 BACKLOG = 512
 
@@ -51,13 +51,14 @@ class Sockets:
         *,
         max_size: int,
         batch_done: Callable[[], None] | None = None,
+        ping_s: float = PING_S,
     ) -> Link:
         """Bind a ROUTER; the first frame of each message is the connection's routing id, never one used before.
 
         Ports 0 pick one free port for all addresses.  Raises OSError, or PermissionError for an address that only a
         cluster with a key may bind, with a sentence for the user.
         """
-        socket = self._socket(zmq.ROUTER, max_size, HIGH_WATER)
+        socket = self._socket(zmq.ROUTER, max_size, HIGH_WATER, ping_s)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         return self._bound(socket, addresses, receive, batch_done)
 
@@ -70,11 +71,12 @@ class Sockets:
         batch_done: Callable[[], None] | None = None,
         on_up: Callable[[], None] | None = None,
         on_down: Callable[[str], None] | None = None,
+        ping_s: float = PING_S,
     ) -> Link:
         """Connect a DEALER. ``send`` gives False until ``on_up``, and what is queued when the connection breaks is
         dropped. ``on_down`` tells, in a sentence, that it broke, or once that it cannot be made; the link goes on
         trying until it is closed. Raises ValueError for an address that is no IP literal."""
-        socket = self._socket(zmq.DEALER, max_size, HIGH_WATER)
+        socket = self._socket(zmq.DEALER, max_size, HIGH_WATER, ping_s)
         return self._connected(socket, address, receive, batch_done, on_up, on_down)
 
     def xpub(
@@ -115,17 +117,18 @@ class Sockets:
             self._zap = None
         self._context.term()  # at once: nothing lingers
 
-    def _socket(self, kind: int, max_size: int, high_water: int) -> zmq.Socket[bytes]:
+    def _socket(self, kind: int, max_size: int, high_water: int, ping_s: float = PING_S) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
+        ping = int(ping_s * 1000)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.SNDHWM, high_water),
             (zmq.RCVHWM, high_water),
             (zmq.MAXMSGSIZE, max_size),
             (zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000)),
-            (zmq.HEARTBEAT_IVL, PING_MS),
-            (zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS),
-            (zmq.HEARTBEAT_TTL, PING_TTL_MS),
+            (zmq.HEARTBEAT_IVL, ping),
+            (zmq.HEARTBEAT_TIMEOUT, 2 * ping),
+            (zmq.HEARTBEAT_TTL, 4 * ping),
         ):
             socket.setsockopt(option, value)
         return socket

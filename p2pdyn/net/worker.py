@@ -218,6 +218,8 @@ class WorkerService:
         late, self._ticked = now - self._ticked > CLOCK_JUMP_S, now
         if self._served is None:
             return
+        for connection, rows in self._served.held().items():
+            self._send(connection, encode_tokens(self._epoch, rows))
         self._heartbeat(self._served)
         self._publish_load()
         if not late:

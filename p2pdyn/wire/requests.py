@@ -49,7 +49,8 @@ class Generate:
     """Run one sequence. ``tokens`` are little-endian u32 ids: the prompt, then what earlier attempts already produced.
 
     ``prompt_len`` says where the prompt ends (seeds and min_tokens count from there); ``epoch`` is the worker's, and a
-    worker of another epoch refuses.
+    worker of another epoch refuses.  ``whole``: nobody looks at single tokens, so those between the first and the last
+    may be sent together, a few times a second.
     """
 
     rid: U64
@@ -59,6 +60,7 @@ class Generate:
     prompt_len: U32
     tokens: Annotated[bytes, Cap(MAX_PROMPT_BYTES)]
     params: Annotated[bytes, Cap(256 * 1024)]
+    whole: bool = False
 
 
 @message(REQUESTS, 4)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import pytest
 
 from p2pdyn.core.served import Running, Served
 from p2pdyn.core.types import SamplingParams
 from p2pdyn.engines.base import Output, Sequence
-from p2pdyn.wire.requests import Generate, Refused
+from p2pdyn.wire.requests import Generate, Refused, Row
 
 EPOCH = 5
 ONE, TWO = b"\x00one", b"\x00two"
@@ -122,3 +123,29 @@ def test_engine_death_fails_everything_once() -> None:
     assert {running.key for running in failed} == keys
     assert all(isinstance(running, Running) for running in failed)
     assert served.all_failed() == []
+
+
+def test_tokens_of_a_whole_answer_are_held_between_the_first_and_the_last() -> None:
+    served = make()
+    sequence = admit(served, ONE, replace(generate(1, tokens=6), whole=True))
+
+    def step(*tokens: int, finish: str = "") -> list[Row]:
+        return served.outputs([Output(sequence.key, tokens, finish)], lambda given: b"").get(ONE, [])
+
+    assert step(10) == [(1, 0, 2, (10,), "", 0, b"")]
+    assert step(11) == step(12) == []
+    assert served.held() == {ONE: [(1, 0, 3, (11, 12), "", 0, b"")]}
+    assert served.held() == {}
+    assert step(13) == []
+    assert step(14, finish="length") == [(1, 0, 5, (13, 14), "length", 0, b"")]
+    assert served.tokens == 5
+    assert not served.running
+
+
+def test_what_is_held_goes_with_a_cancel() -> None:
+    served = make()
+    sequence = admit(served, ONE, replace(generate(1), whole=True))
+    for token in (10, 11):
+        served.outputs([Output(sequence.key, (token,))], lambda given: b"")
+    served.cancel(ONE, [(1, 0)])
+    assert served.held() == {}
