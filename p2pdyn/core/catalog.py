@@ -40,11 +40,17 @@ class Catalog:
             node: info for node, info in alive if info.state == READY and info.role != FRONTEND and info.requests_port
         }
         for model in self.models.values():
+            if model.workers:
+                model.last_seen = now  # they were there until now, however long ago the view last changed
             model.workers = {node: served for node, served in model.workers.items() if node in ready}
         self.incompatible.clear()
         for node, info in ready.items():
             for served in info.models:
                 self._place(node, served, now)
+        self.expire(now)
+
+    def expire(self, now: float) -> None:
+        """Forget models whose last worker left too long ago; to be called as time passes, since no view may change."""
         for name in [n for n, m in self.models.items() if not m.workers and now - m.last_seen > self._known_for]:
             del self.models[name]
 

@@ -341,6 +341,7 @@ class Dispatcher:
         for link in list(self._links.values()):
             link.tick(now, self.flights.open_at(link.worker) > 0)
         self._carry_out(self.flights.tick(now))
+        self.catalog.expire(now)
         for model in [m for m, used in self._wanted.items() if now - used > LINK_IDLE_S]:
             del self._wanted[model]
         wanted = self._wanted_workers()

@@ -84,5 +84,17 @@ def test_only_ready_workers_are_listed_and_a_model_stays_known() -> None:
     assert list(catalog.models["m"].workers) == [IDS[0]]
     catalog.refresh([], 600.0)
     assert catalog.models["m"].workers == {}
-    catalog.refresh([], 602.0)
+    catalog.refresh([], 1200.0)
+    assert list(catalog.models) == ["m"]
+    catalog.refresh([], 1201.0)
+    assert catalog.models == {}
+
+
+def test_a_model_is_known_from_when_its_last_worker_left_not_from_the_last_change_before() -> None:
+    catalog = Catalog(600.0)
+    catalog.refresh([(IDS[0], peer())], 0.0)
+    catalog.refresh([], 5000.0)  # nothing changed for longer than a model stays known
+    catalog.expire(5600.0)
+    assert list(catalog.models) == ["m"]
+    catalog.expire(5601.0)
     assert catalog.models == {}

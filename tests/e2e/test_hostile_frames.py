@@ -6,8 +6,6 @@ import contextlib
 import random
 import re
 import socket
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ import openai
 import psutil
 import pytest
 import zmq
-from support.nodes import Cluster, NodeProcess, wait_for
+from support.nodes import Cluster, NodeProcess, make_key, wait_for
 
 from p2pdyn.constants import PROTOCOL_VERSION
 from p2pdyn.net.curve import Security
@@ -30,9 +28,7 @@ GROWTH_MB = 24
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    key = tmp_path / "cluster.key"
-    subprocess.run([sys.executable, "-m", "p2pdyn", "keygen", str(key)], check=True, capture_output=True)
-    with Cluster(tmp_path, key) as nodes:
+    with Cluster(tmp_path, make_key(tmp_path)) as nodes:
         yield nodes
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,14 +11,12 @@ from typing import Any
 
 import openai
 import pytest
-from support.nodes import Cluster, NodeProcess, wait_for
+from support.nodes import Cluster, NodeProcess, make_key, wait_for
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    key = tmp_path / "cluster.key"
-    subprocess.run([sys.executable, "-m", "p2pdyn", "keygen", str(key)], check=True, capture_output=True)
-    with Cluster(tmp_path, key) as nodes:
+    with Cluster(tmp_path, make_key(tmp_path)) as nodes:
         yield nodes
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
-from support.nodes import Cluster, NodeProcess, wait_for
+from support.nodes import Cluster, NodeProcess, make_key, wait_for
 
 KEY = "sk-right"
 USER = [{"role": "user", "content": "What holds the answer?"}]
@@ -18,10 +16,8 @@ USER = [{"role": "user", "content": "What holds the answer?"}]
 @pytest.fixture(scope="module")
 def frontends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[NodeProcess]]:
     folder = tmp_path_factory.mktemp("cluster")
-    key = folder / "cluster.key"
     (folder / "keys").write_text(f"{KEY}\n")
-    subprocess.run([sys.executable, "-m", "p2pdyn", "keygen", str(key)], check=True, capture_output=True)
-    with Cluster(folder, key) as cluster:
+    with Cluster(folder, make_key(folder)) as cluster:
         first = cluster.frontend("f1", "--api-key-file", str(folder / "keys"))
         second = cluster.frontend("f2", "--api-key-file", str(folder / "keys"), seeds=[first])
         for name in ("w1", "w2"):
@@ -55,10 +51,12 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_streamed_chat_with_usage_says_the_same(client: openai.OpenAI) -> None:
-    whole = client.chat.completions.create(model="sim", messages=USER, max_tokens=20, temperature=0)
-    stream = client.chat.completions.create(
-        model="sim", messages=USER, max_tokens=20, temperature=0, stream=True, stream_options={"include_usage": True}
-    )
+    asked: dict[str, Any] = {"model": "sim", "messages": USER, "max_tokens": 20, "temperature": 0}
+    warm = client.chat.completions.create(**asked)
+    # On one worker that has the prompt in its cache, so that cached_tokens is the same too.
+    asked["extra_headers"] = {"x-p2pdyn-pin": warm.model_extra["p2pdyn"]["workers"][0]}  # type: ignore[index]
+    whole = client.chat.completions.create(**asked)
+    stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     chunks = list(stream)
     texts = [choice.delta.content for chunk in chunks for choice in chunk.choices if choice.delta.content]
     assert len(texts) == 20, "one event a token"

@@ -133,6 +133,13 @@ class NodeProcess:
         return self.process.returncode
 
 
+def make_key(folder: Path) -> Path:
+    """A cluster key file in ``folder``, made by `p2pdyn keygen`."""
+    key = folder / "cluster.key"
+    subprocess.run([sys.executable, "-m", "p2pdyn", "keygen", str(key)], check=True, capture_output=True)
+    return key
+
+
 class Cluster:
     """Nodes on loopback with free ports, one data dir each; all ended on exit. ``key`` turns CURVE on."""
 
