@@ -24,18 +24,32 @@ STEP_S = 40.0
 """A machine under full load starts a process slowly."""
 
 
+TOOLS = {"ip": "iproute2", "ss": "iproute2", "iptables": "iptables", "sysctl": "procps"}
+"""What the lab and its tests run, and the Debian package of each."""
+
+
 def missing() -> str:
-    """Why the lab cannot be built here; empty when it can."""
+    """Why the lab cannot be built here; empty when it can. Tries each kind of thing that the lab makes once."""
     if os.geteuid() != 0:
         return "needs root to make network namespaces"
-    for tool in ("ip", "iptables", "sysctl"):
+    for tool, package in TOOLS.items():
         if shutil.which(tool) is None:
-            return f"needs {tool} (apt-get install iproute2 iptables procps)"
+            return f"needs {tool} (apt-get install {package})"
     probe = f"p2pdyn-probe-{secrets.token_hex(3)}"
-    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, timeout=STEP_S)
-    if made.returncode:
-        return f"cannot make network namespaces here: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "del", probe], check=True, timeout=STEP_S)
+    inside = ("ip", "netns", "exec", probe)
+    try:
+        run("ip", "netns", "add", probe)
+        run(*inside, "ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        run(*inside, "ip", "link", "add", "port", "type", "veth", "peer", "name", "there")
+        run(*inside, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        run(*inside, "iptables", "-A", "INPUT", "-s", "192.0.2.1", "-j", "DROP")
+        run(*inside, "ss", "-lun")
+        (Path("/etc/netns") / probe).mkdir(parents=True)
+    except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+        return f"cannot make network namespaces here: {error}"
+    finally:
+        subprocess.run(["ip", "netns", "del", probe], capture_output=True, timeout=STEP_S, check=False)
+        shutil.rmtree(Path("/etc/netns") / probe, ignore_errors=True)
     return ""
 
 

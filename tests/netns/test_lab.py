@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
-from netns.lab import Host, Lab, run
+import pytest
+from netns.lab import TOOLS, Host, Lab, missing, run
 from support.nodes import wait_for
 
 SERVER = """
@@ -153,3 +156,24 @@ def test_closing_kills_every_process_and_removes_every_namespace(tmp_path: Path,
     inner.close()
     assert process.returncode == -9
     assert not set(spaces) & set(run("ip", "netns", "list").split())
+
+
+def test_a_machine_that_lacks_a_tool_or_the_rights_is_told_so(
+    tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert missing() == ""
+    for tool in TOOLS:
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for tool, package in TOOLS.items():
+        (tmp_path / tool).rename(tmp_path / "away")
+        assert missing() == f"needs {tool} (apt-get install {package})"
+        (tmp_path / "away").rename(tmp_path / tool)
+    (tmp_path / "iptables").unlink()
+    (tmp_path / "iptables").write_text("#!/bin/sh\necho 'Permission denied (you must be root)' >&2; exit 4\n")
+    (tmp_path / "iptables").chmod(0o755)
+    assert missing().endswith("Permission denied (you must be root)")
+    assert "p2pdyn-probe" not in run("ip", "netns", "list")
+    with monkeypatch.context() as unprivileged:
+        unprivileged.setattr(os, "geteuid", lambda: 1000)
+        assert missing() == "needs root to make network namespaces"
