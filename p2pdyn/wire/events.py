@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from p2pdyn.wire.schema import EVENTS, U32, U64, Bound, IdStr, message
+from p2pdyn.wire.schema import EVENTS, U8, U32, U64, Bound, Cap, IdStr, message
 
 TOPIC_LOAD = b"L"
 TOPIC_KV = b"K"
@@ -32,3 +32,33 @@ class LoadEvent:
     prefill_tokens_queued: U64
     prefill_tps: Annotated[float, Bound(0, 1e12)]
     itl_ms: Annotated[float, Bound(0, 1e9)]
+
+
+MAX_OPS = 4 * 2**20 - 1024
+"""Bytes of one batch's ops; a step that changes more is told in several batches."""
+
+
+@message(EVENTS, 2)
+@dataclass(frozen=True, slots=True)
+class KvBatch:
+    """What one engine step changed in the KV cache of data-parallel rank ``rank``; ``seq`` counts from 1 without a
+    hole. ``ops`` as :mod:`p2pdyn.wire.kvpack` packs them. docs/design/kv-events.md"""
+
+    worker: IdStr
+    epoch: U64
+    rank: U8
+    seq: U64
+    ops: Annotated[bytes, Cap(MAX_OPS)]
+
+
+@message(EVENTS, 3)
+@dataclass(frozen=True, slots=True)
+class KvDigest:
+    """The state of a rank's cache as of batch ``seq``: how many (hash, tier) pairs, and the XOR over them."""
+
+    worker: IdStr
+    epoch: U64
+    rank: U8
+    seq: U64
+    blocks: U32
+    xor: U64
