@@ -1,0 +1,103 @@
+"""How fast a worker is, measured from what its engine does: what routers need to compare unlike machines.
+
+Prefill: an engine computes prompts one after the other, in chunks and mixed with decodes, so the prompt that got its
+first token now was computed since the later of its own submit and the first token before it.  The speed is tokens over
+time, both summed with exponential forgetting, so that long prompts count as they should.
+
+Decode: the time from one step to the next, in steps without prefill, against the KV blocks in use; a line is fitted by
+least squares with exponential forgetting.  Its slope is what another block of context costs every step.
+"""
+
+from __future__ import annotations
+
+MIN_TOKENS = 64
+"""Shorter prefills are mostly overhead; they would make a worker look slow."""
+KEEP = 0.9
+"""Weight of the past at each finished prefill: about the last ten."""
+KEEP_STEP = 0.995
+"""At each sampled step: about the last two hundred."""
+MIN_STEPS = 50
+SAMPLE_S = 0.005
+"""Steps are sampled no more often than this: a sim without waiting makes thousands a second."""
+LONG_S = 5.0
+"""A longer gap between steps was no decoding (the process stood still)."""
+
+
+class SpeedMeter:
+    """Fed by the worker; ``now`` in seconds, blocks are KV blocks in use."""
+
+    def __init__(self) -> None:
+        self._prefilling: dict[int, tuple[int, float]] = {}
+        self._last_first = 0.0
+        self._tokens = self._seconds = 0.0
+        self._sampled = self._stepped = 0.0
+        self._pure = False
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    # What the engine does.
+
+    def submitted(self, key: int, tokens: int, now: float) -> None:
+        self._prefilling[key] = (tokens, now)
+
+    def first_token(self, key: int, cached: int, now: float) -> None:
+        """The sequence's prompt has been computed, but for ``cached`` tokens from the prefix cache."""
+        begun = self._prefilling.pop(key, None)
+        if begun is None:
+            return
+        tokens, since = begun[0] - cached, max(begun[1], self._last_first)
+        self._last_first = now
+        if tokens >= MIN_TOKENS and now > since:
+            self._tokens = KEEP * self._tokens + tokens
+            self._seconds = KEEP * self._seconds + now - since
+
+    def gone(self, key: int) -> None:
+        """Aborted, or ended without a token."""
+        self._prefilling.pop(key, None)
+
+    def clear(self) -> None:
+        """The engine holds nothing any more."""
+        self._prefilling.clear()
+        self._pure = False
+
+    def step(self, decoding: int, blocks: int, now: float) -> None:
+        """A step has ended, which ``decoding`` sequences took part in; ``blocks`` are in use."""
+        pure = decoding > 0 and not self._prefilling
+        took = now - self._stepped
+        self._stepped = now
+        if pure and self._pure and took < LONG_S and now - self._sampled >= SAMPLE_S:
+            self._sampled = now
+            keep, x = KEEP_STEP, float(blocks)
+            self._n = keep * self._n + 1.0
+            self._x = keep * self._x + x
+            self._y = keep * self._y + took
+            self._xx = keep * self._xx + x * x
+            self._xy = keep * self._xy + x * took
+        self._pure = pure
+
+    # What is known of it.
+
+    @property
+    def backlog(self) -> int:
+        """Prompt tokens of sequences without a first token; those already cached or computed count as well."""
+        return sum(tokens for tokens, _ in self._prefilling.values())
+
+    @property
+    def prefill_tps(self) -> float:
+        """Tokens a second; 0 until something has been measured."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def itl_ms(self, blocks: int) -> float:
+        """Milliseconds from token to token with ``blocks`` in use; 0 until something has been measured."""
+        if self._n < 1:
+            return 0.0
+        slope = self.itl_per_block_ms / 1e3
+        mean_x, mean_y = self._x / self._n, self._y / self._n
+        return 1e3 * max(0.0, mean_y + slope * (blocks - mean_x))
+
+    @property
+    def itl_per_block_ms(self) -> float:
+        """Milliseconds that one more block adds to every step; 0 until there were steps with unlike block counts."""
+        spread = self._n * self._xx - self._x * self._x
+        if self._n < MIN_STEPS or spread <= 1e-3 * self._n * self._xx:
+            return 0.0
+        return 1e3 * max(0.0, (self._n * self._xy - self._x * self._y) / spread)
