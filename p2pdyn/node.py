@@ -19,7 +19,7 @@ from typing import Any
 from p2pdyn import __version__
 from p2pdyn.config import Config, ConfigError, ReadyInfo, StartError
 from p2pdyn.constants import HASH_SEED
-from p2pdyn.core.router import make_policy
+from p2pdyn.core.router_simple import make_policy
 from p2pdyn.core.types import (
     DRAINING,
     LOADING,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
-from p2pdyn.core.router import Policy, Target
+from p2pdyn.core.router_simple import Policy, Target
 from p2pdyn.core.types import Load, NodeId
 from p2pdyn.wire.requests import Row
 

@@ -1,7 +1,7 @@
 """The frontend's shell: links to workers, requests out, tokens in.
 
 Decisions are in :mod:`p2pdyn.core.flight` (requests), :mod:`p2pdyn.core.catalog` (models) and
-:mod:`p2pdyn.core.router` (choice).  This class owns the links and one timer, and carries actions out.
+:mod:`p2pdyn.core.router_simple` (choice).  This class owns the links and one timer, and carries actions out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from p2pdyn.constants import LINK_IDLE_S, MODEL_KNOWN_S
 from p2pdyn.core.catalog import Catalog
 from p2pdyn.core.flight import Abandon, Action, Dispatch, Flights
 from p2pdyn.core.request import Failure, Job, Logprobs, Rejected, Sink
-from p2pdyn.core.router import Policy
+from p2pdyn.core.router_simple import Policy
 from p2pdyn.core.types import Address, Load, NodeId, PeerInfo
 from p2pdyn.http.backend import Metric, ModelStatus
 from p2pdyn.net.sockets import Sockets

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from p2pdyn.core.flight import MAX_WAITING, MIGRATION_LIMIT, WAIT_S, Abandon, Dispatch, Flights
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected
-from p2pdyn.core.router import make_policy
+from p2pdyn.core.router_simple import make_policy
 from p2pdyn.core.types import NodeId, SamplingParams
 from p2pdyn.wire.requests import Delta
 

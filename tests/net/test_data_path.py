@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from p2pdyn.core.request import Job, Logprobs, Outcome, Rejected
-from p2pdyn.core.router import make_policy
+from p2pdyn.core.router_simple import make_policy
 from p2pdyn.core.types import READY, Address, NodeId, PeerInfo, SamplingParams, ServedModel
 from p2pdyn.engines.base import EngineInfo
 from p2pdyn.engines.runner import Runner, make_runner

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from p2pdyn.core.catalog import Catalog
-from p2pdyn.core.router import POLICIES, Target, make_policy
+from p2pdyn.core.router_simple import POLICIES, Target, make_policy
 from p2pdyn.core.types import LOADING, READY, Load, NodeId, PeerInfo, ServedModel
 
 IDS = [NodeId(letter * 16) for letter in "abcd"]
