@@ -47,7 +47,8 @@ def main() -> None:
     def silent(fraction: float, what: str) -> None:
         pass
 
-    config, _, tensors = checkpoint.load(weights.locate(None, True, cache, silent), cache, silent)
+    packed = checkpoint.load(weights.locate(None, True, cache, silent), cache, silent)
+    config, tensors = packed.config, packed.tensors
     threads = Threads(options.threads)
     model = Llama(config, tensors, BLOCKS, SIZE, threads)
     ids = array("I", np.random.default_rng(0).integers(0, config.vocab, 256).tolist())

@@ -388,6 +388,7 @@ async def _first(*futures: asyncio.Future[Any]) -> None:
 
 
 def fingerprint(info: EngineInfo, card_digest: str) -> str:
-    """What two workers must share to be routed together: 16 hex digits over block size, card and hash parameters."""
-    parts = f"{info.block_size}/{card_digest}/xxh3-64/{HASH_SEED}"
+    """What two workers must share to be routed together: 16 hex digits over block size, card, weights and hash
+    parameters."""
+    parts = f"{info.block_size}/{card_digest}/{info.weights}/xxh3-64/{HASH_SEED}"
     return blake2b(parts.encode(), digest_size=8).hexdigest()

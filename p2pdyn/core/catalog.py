@@ -64,7 +64,7 @@ class Catalog:
                 model.workers.pop(node, None)
                 self.incompatible[node] = (
                     f"model {served.name!r} is served with fingerprint {model.fingerprint} "
-                    f"by {others[0]}, but with {served.fingerprint} here"
+                    f"by {others[0]}, but with {served.fingerprint} here: {_difference(model.served, served)}"
                 )
                 return
             # Its last worker is gone: whoever is ready now sets the fingerprint anew.
@@ -72,3 +72,12 @@ class Catalog:
         model.served = served
         model.workers[node] = served
         model.last_seen = now
+
+
+def _difference(one: ServedModel, other: ServedModel) -> str:
+    """Why their fingerprints differ."""
+    if one.block_size != other.block_size:
+        return f"block sizes {one.block_size} and {other.block_size}"
+    if one.card != other.card:
+        return f"model cards {one.card} and {other.card} (tokenizer, chat template, context or generation defaults)"
+    return "other weights, engine arguments that stand for them, or hash parameters"

@@ -98,7 +98,7 @@ class ServedModel:
     """One model that a worker serves, as gossiped.
 
     ``card`` is the model card's content hash (32 hex digits) by which a frontend fetches it; ``fingerprint`` is what
-    two workers must share to be routed together (block size, card, hash parameters).
+    two workers must share to be routed together (block size, card, weights, hash parameters).
     """
 
     name: str

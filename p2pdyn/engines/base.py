@@ -95,7 +95,8 @@ class Step:
 class EngineInfo:
     """What an engine is once loaded. ``features`` names what it honours beyond plain sampling (logprobs,
     prompt_logprobs, penalties, guided, min_p, seed, ...); the frontend answers 400 for the rest. ``card`` is the packed
-    model card (:mod:`p2pdyn.text.card`)."""
+    model card (:mod:`p2pdyn.text.card`). ``weights`` is any text that two workers of one model share exactly when they
+    compute the same; it enters the fingerprint by which workers are routed together."""
 
     engine: str
     version: str
@@ -106,6 +107,7 @@ class EngineInfo:
     max_num_seqs: int
     context: int
     features: tuple[str, ...] = ()
+    weights: str = ""
 
 
 class Engine(Protocol):

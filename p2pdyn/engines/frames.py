@@ -189,7 +189,7 @@ def pack_info(info: EngineInfo) -> list[Any]:
 
 def unpack_info(content: list[Any]) -> EngineInfo:
     try:
-        _, engine, version, model, card, block_size, blocks, seqs, context, features = content
-        return EngineInfo(engine, version, model, card, block_size, blocks, seqs, context, tuple(features))
+        _, engine, version, model, card, block_size, blocks, seqs, context, features, weights = content
+        return EngineInfo(engine, version, model, card, block_size, blocks, seqs, context, tuple(features), weights)
     except (TypeError, ValueError) as error:
         raise FrameError("the engine's description has a wrong shape") from error

@@ -131,6 +131,7 @@ class SimEngine:
             self.args.max_num_seqs,
             self._context,
             FEATURES,
+            f"seed {self.args.seed}, {self.args.kv_bytes_per_block} bytes a block",
         )
 
     def submit(self, sequence: Sequence, now: float) -> None:

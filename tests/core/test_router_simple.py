@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -63,9 +64,22 @@ def test_first_ready_worker_sets_the_fingerprint() -> None:
     assert list(catalog.models["m"].workers) == [IDS[0]]
     assert "f1" in catalog.incompatible[IDS[1]]
     assert "f2" in catalog.incompatible[IDS[1]]
+    assert "weights" in catalog.incompatible[IDS[1]]
     catalog.refresh([(IDS[1], peer("f2"))], 1.0)
     assert list(catalog.models["m"].workers) == [IDS[1]]
     assert catalog.incompatible == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"block_size": 32}, "block sizes 16 and 32"), ({"card": "other"}, "model cards card and other")],
+)
+def test_an_incompatible_worker_is_told_what_differs(change: dict[str, Any], words: str) -> None:
+    catalog = Catalog(600.0)
+    odd = peer("f2")
+    odd = replace(odd, models=(replace(odd.models[0], **change),))
+    catalog.refresh([(IDS[0], peer("f1")), (IDS[1], odd)], 0.0)
+    assert words in catalog.incompatible[IDS[1]]
 
 
 def test_a_restarted_worker_may_bring_a_new_fingerprint_when_it_is_alone() -> None:

@@ -2,7 +2,8 @@
 
     options      arguments after ``--``
     weights      where the GGUF file comes from
-    checkpoint   GGUF to the model's form, cached as one file to map
+    checkpoint   GGUF to the model's form
+    packed       that form as a file to map, kept in the cache
     tokenizer    GGUF vocabulary to a model card
     tiles        linear layers that give each row the same bits in any batch
     model        the forward pass over the paged KV cache

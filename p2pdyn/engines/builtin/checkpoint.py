@@ -1,4 +1,4 @@
-"""From GGUF tensors to the form that the model reads: dequantised, fused, tiled; and that form as a file to map.
+"""From GGUF tensors to the form that the model reads: dequantised, fused, tiled.
 
 The GGUF reader and the quantisations are the `gguf` package's.
 """
@@ -6,26 +6,20 @@ The GGUF reader and the quantisations are the `gguf` package's.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import mmap
-import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from p2pdyn.engines.base import EngineError, Progress
+from p2pdyn.engines.builtin import packed
 from p2pdyn.engines.builtin.model import LlamaConfig
+from p2pdyn.engines.builtin.packed import Packed
 from p2pdyn.engines.builtin.tiles import F32, tile, tile_width
 
 log = logging.getLogger(__name__)
-
-MAGIC = b"p2pdyn01"
-"""First bytes of a packed file; the last two are its format's version."""
-ALIGN = 4096
 
 
 class GgufFile:
@@ -185,77 +179,30 @@ def pack(config: LlamaConfig, tensor: Callable[[str], F32], rope_factors: F32 | 
         yield f"{i}.down", tiled(block + "ffn_down")
 
 
-# ---- the packed file: magic, index offset and length, tensors (each page-aligned), index as JSON
+# ---- by way of the cache
 
 
-def write_packed(
-    file: IO[bytes], config: LlamaConfig, card: bytes, tensors: Iterator[tuple[str, F32]], progress: Progress
-) -> None:
-    """``card`` is the packed model card: whoever maps the file needs no GGUF reader."""
-    index: dict[str, tuple[int, tuple[int, ...]]] = {}
-    total = len(shapes(config))
-    for name, data in tensors:
-        file.seek(-(-max(file.tell(), ALIGN) // ALIGN) * ALIGN)
-        index[name] = (file.tell(), data.shape)
-        file.write(np.ascontiguousarray(data).data)
-        progress(min(1.0, 1.5 * len(index) / total), "unpacking the weights")
-    place = file.tell()
-    text = json.dumps({"config": asdict(config), "card": len(card), "tensors": index}).encode()
-    file.write(card + text)
-    file.seek(0)
-    file.write(MAGIC + place.to_bytes(8, "little") + len(text).to_bytes(8, "little"))
-
-
-def map_packed(path: Path) -> tuple[LlamaConfig, bytes, Mapping[str, F32]]:
-    """Map a packed file, shared with all processes that do. Raises OSError or ValueError if it is not whole."""
-    with path.open("rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    place, length = int.from_bytes(memory[8:16], "little"), int.from_bytes(memory[16:24], "little")
-    if memory[:8] != MAGIC or not place:
-        raise ValueError(f"{path} is no packed model")
-    try:
-        index = json.loads(memory[len(memory) - length :])
-        config, size = LlamaConfig(**index["config"]), index["card"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is of another format") from error
-    if place + size + length != len(memory):
-        raise ValueError(f"{path} is not whole")
-    memory.madvise(mmap.MADV_WILLNEED)
-    tensors = {
-        name: np.frombuffer(memory, np.float32, int(np.prod(shape)), start).reshape(shape)
-        for name, (start, shape) in index["tensors"].items()
-    }
-    return config, memory[place : place + size], tensors
-
-
-def identity(path: Path) -> str:
-    """Names a packed file after the file that it is made of: its real path, size and time."""
-    from hashlib import blake2b
-
-    stat = path.stat()
-    what = f"{os.path.realpath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{MAGIC.decode()}"
-    return blake2b(what.encode(), digest_size=8).hexdigest()
-
-
-def load(path: Path, cache: Path, progress: Progress) -> tuple[LlamaConfig, bytes, Mapping[str, F32]]:
-    """A GGUF file's configuration, packed card and tensors, by way of its packed file in ``cache``, made on first use.
-    Where that cannot be written the tensors are unpacked into this process alone. Raises EngineError."""
+def load(path: Path, cache: Path, progress: Progress) -> Packed:
+    """A GGUF file in the model's form, by way of its packed file in ``cache``, made on first use. Where that cannot be
+    written the tensors are unpacked into this process alone. Raises EngineError."""
     from p2pdyn.engines.builtin.weights import locked
 
-    packed = cache / f"{path.stem}-{identity(path)}.packed"
+    place = packed.place(path, cache)
     with contextlib.suppress(OSError, ValueError):
-        return map_packed(packed)
+        return packed.read(place)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with locked(packed, progress, "another process unpacks the weights"):
+        with locked(place, progress, "another process unpacks the weights"):
             with contextlib.suppress(OSError, ValueError):
-                return map_packed(packed)
-            _make_packed(path, packed, progress)
-            return map_packed(packed)
+                return packed.read(place)
+            packed.sweep(cache)
+            _make_packed(path, place, progress)
+            return packed.read(place)
     except OSError as error:
         log.warning("the unpacked weights cannot be kept in %s (%s): each worker keeps its own copy", cache, error)
     config, card, file = _open(path, progress)
-    return config, card, dict(pack(config, file.tensor, file.rope_factors()))
+    tensors = dict(pack(config, file.tensor, file.rope_factors()))
+    return Packed(config, card, tensors, packed.digest(path))
 
 
 def _open(path: Path, progress: Progress) -> tuple[LlamaConfig, bytes, GgufFile]:
@@ -267,14 +214,21 @@ def _open(path: Path, progress: Progress) -> tuple[LlamaConfig, bytes, GgufFile]
     return config, model_card(file, config.context).pack(), file
 
 
-def _make_packed(path: Path, packed: Path, progress: Progress) -> None:
+def _make_packed(path: Path, place: Path, progress: Progress) -> None:
     """Write beside the place, then rename: nobody maps half a file."""
     config, card, file = _open(path, progress)
-    part = packed.with_suffix(".part")
+    source, part = packed.Source.of(path), place.with_suffix(".part")
     try:
         with part.open("wb") as target:
-            tensors = pack(config, file.tensor, file.rope_factors())
-            write_packed(target, config, card, tensors, lambda part, what: progress(0.5 + 0.4 * part, what))
-        part.replace(packed)
+            tensors = _told(pack(config, file.tensor, file.rope_factors()), len(shapes(config)), progress)
+            packed.write(target, config, card, tensors, packed.digest(path), source)
+        part.replace(place)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _told(tensors: Iterator[tuple[str, F32]], total: int, progress: Progress) -> Iterator[tuple[str, F32]]:
+    """``total`` counts them before they are fused."""
+    for number, tensor in enumerate(tensors, 1):
+        yield tensor
+        progress(0.5 + 0.4 * min(1.0, 1.5 * number / total), "unpacking the weights")

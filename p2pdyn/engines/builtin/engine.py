@@ -63,7 +63,7 @@ class BuiltinEngine:
     # ---- Engine
 
     def load(self, progress: Progress) -> EngineInfo:
-        config, card, tensors = self._read(progress)
+        config, card, tensors, digest = self._read(progress)
         from p2pdyn.engines.builtin.model import Llama
         from p2pdyn.engines.builtin.tiles import Threads
 
@@ -93,6 +93,7 @@ class BuiltinEngine:
             options.max_num_seqs,
             self._context,
             FEATURES,
+            digest,
         )
 
     def submit(self, sequence: Sequence, now: float) -> None:
@@ -158,9 +159,9 @@ class BuiltinEngine:
 
     # ---- loading
 
-    def _read(self, progress: Progress) -> tuple[LlamaConfig, ModelCard, Mapping[str, F32]]:
-        """Configuration, card and tensors; the latter mapped from the cache, where the first worker of a host puts
-        them."""
+    def _read(self, progress: Progress) -> tuple[LlamaConfig, ModelCard, Mapping[str, F32], str]:
+        """Configuration, card, tensors, mapped from the cache, where the first worker of a host puts them, and a digest
+        of the weights."""
         from p2pdyn.engines.builtin import checkpoint
 
         if self._model_name == TINY:
@@ -168,11 +169,11 @@ class BuiltinEngine:
             from p2pdyn.engines.builtin.tiny import random_tensors
 
             tensor = random_tensors(checkpoint.shapes(config))
-            return config, byte_level(), dict(checkpoint.pack(config, tensor, None))
+            return config, byte_level(), dict(checkpoint.pack(config, tensor, None)), TINY
         cache = weights.cache_folder()
         path = weights.locate(self._model_name, self._offline, cache, progress)
-        config, card, tensors = checkpoint.load(path, cache, progress)
-        return config, ModelCard.unpack(card), tensors
+        packed = checkpoint.load(path, cache, progress)
+        return packed.config, ModelCard.unpack(packed.card), packed.tensors, packed.weights
 
     def _measure(self, model: Llama) -> None:
         """Touch all weights, then time a prompt and a decode step, so that the first load report is true. The blocks

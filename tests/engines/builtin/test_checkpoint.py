@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +119,64 @@ def test_the_engine_serves_a_file_and_its_card(tmp_path: Path, cache: Path) -> N
     assert (info.model, info.context, card.context) == ("my-model", 100, 100)
     assert (card.eos_token_ids, card.bos_token, card.chat_template) == ((257,), "<|im_start|>", "{{ messages }}")
     assert [file.suffix for file in sorted(cache.iterdir())] == [".packed", ".lock"]
+
+
+def weights_of(path: Path) -> str:
+    engine = create(EngineOptions(str(path), args=("--kv-blocks=8",)))
+    info = engine.load(lambda fraction, what: None)
+    engine.close()
+    return info.weights
+
+
+def test_workers_know_whether_their_weights_are_the_same(tmp_path: Path, cache: Path) -> None:
+    path = write(tmp_path / "m.gguf")
+    copy = Path(shutil.copy(path, tmp_path / "copy.gguf"))
+    other = write(tmp_path / "other.gguf", Types.Q8_0)
+
+    unpacked, mapped = weights_of(path), weights_of(path)
+
+    assert unpacked == mapped == weights_of(copy) != weights_of(other)
+
+
+def test_packed_files_that_nobody_will_read_are_swept(tmp_path: Path, cache: Path) -> None:
+    """Of an older format, of a file that changed or is gone, half written; nothing else, and none that is in use."""
+    path = write(tmp_path / "m.gguf")
+    weights_of(path)
+    (first,) = cache.glob("*.packed")
+    content = first.read_bytes()
+
+    def packed(letter: str, version: bytes, suffix: str = "packed") -> Path:
+        file = cache / f"m-{letter * 16}.{suffix}"
+        file.write_bytes(b"p2pdyn" + version + content[8:])
+        return file
+
+    stale = [packed("a", b"01"), packed("b", b"02"), packed("c", b"02", "part"), first]
+    keep = [packed("d", b"99"), cache / "other.packed", cache / f"notes-{'e' * 16}.packed"]
+    for file in keep[1:]:
+        file.write_bytes(b"somebody else's")
+    locked = packed("f", b"01")
+    with Path(f"{locked}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(path, ns=(1, 1))  # the file is another one now
+        weights_of(path)
+
+    assert not [file for file in stale if file.exists()]
+    assert all(file.exists() for file in (*keep, locked))
+    assert len(list(cache.glob("m-*.packed"))) == 3  # made anew, of a later version, in use
+
+
+def test_whoever_has_mapped_a_file_that_is_swept_keeps_it(tmp_path: Path, cache: Path) -> None:
+    path, other = write(tmp_path / "m.gguf"), write(tmp_path / "other.gguf")
+    engine = create(EngineOptions(str(path), args=("--kv-blocks=8",)))
+    engine.load(lambda fraction, what: None)
+    before = text(engine, range(30), max_tokens=10, ignore_eos=True)
+    path.unlink()
+    weights_of(other)
+
+    assert not list(cache.glob("m-*.packed"))
+    assert text(engine, range(60, 90), max_tokens=10, ignore_eos=True)
+    assert text(engine, range(30), max_tokens=10, ignore_eos=True) == before
+    engine.close()
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path, cache: Path) -> None:
