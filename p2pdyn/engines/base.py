@@ -61,23 +61,28 @@ class Output:
 @dataclass(frozen=True, slots=True)
 class BlocksStored:
     """Full KV blocks now in cache: consecutive, ``hashes[i]`` is the engine's own id of the i-th, ``tokens`` are the
-    block_size * len(hashes) ids in them, ``parent`` is the id of the block before, None at the start of a sequence."""
+    block_size * len(hashes) ids in them, ``parent`` is the id of the block before, None at the start of a sequence.
+    ``tier``: 0 device, 1 host, 2 disk."""
 
     hashes: tuple[int, ...]
     parent: int | None
     tokens: tuple[int, ...]
     salt: str = ""
     lora: str = ""
+    tier: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksRemoved:
+    """No longer in ``tier``; another tier may still hold them."""
+
     hashes: tuple[int, ...]
+    tier: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BlocksCleared:
-    pass
+    """Nothing is in cache any more, in any tier."""
 
 
 KvEvent = BlocksStored | BlocksRemoved | BlocksCleared

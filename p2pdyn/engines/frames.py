@@ -170,17 +170,18 @@ def _tuples(logprobs: list[Any]) -> tuple[tuple[float, tuple[tuple[int, float], 
 
 def _pack_kv(event: KvEvent) -> list[Any]:
     if isinstance(event, BlocksStored):
-        return [event.hashes, event.parent, event.tokens, event.salt, event.lora]
-    return [event.hashes] if isinstance(event, BlocksRemoved) else []
+        return [event.hashes, event.parent, event.tokens, event.salt, event.lora, event.tier]
+    return [event.hashes, event.tier] if isinstance(event, BlocksRemoved) else []
 
 
 def _unpack_kv(row: list[Any]) -> KvEvent:
     if not row:
         return BlocksCleared()
-    if len(row) == 1:
-        return BlocksRemoved(tuple(row[0]))
-    hashes, parent, tokens, salt, lora = row
-    return BlocksStored(tuple(hashes), parent, tuple(tokens), salt, lora)
+    if len(row) == 2:
+        hashes, tier = row
+        return BlocksRemoved(tuple(hashes), tier)
+    hashes, parent, tokens, salt, lora, tier = row
+    return BlocksStored(tuple(hashes), parent, tuple(tokens), salt, lora, tier)
 
 
 def pack_info(info: EngineInfo) -> list[Any]:
