@@ -14,14 +14,13 @@ import sys
 
 ALONE = [
     *("asyncio", "zmq", "msgpack", "uvloop", "xxhash", "orjson", "httptools", "click", "jinja2.sandbox", "tokenizers"),
-    *("starlette.applications", "uvicorn.protocols.http.httptools_impl", "zeroconf.asyncio", "numpy", "gguf"),
+    *("zeroconf.asyncio", "numpy", "gguf"),
     *("ssl", "dataclasses", "importlib.metadata"),
 ]
 WORKER = ["dataclasses", "asyncio", "zmq", "msgpack", "uvloop", "xxhash", "click", "p2pdyn.cli.main"]
 FRONTEND = [
     *WORKER,
-    *("orjson", "httptools", "starlette.applications", "uvicorn.protocols.http.httptools_impl"),
-    *("jinja2.sandbox", "tokenizers", "zeroconf.asyncio"),
+    *("orjson", "httptools", "jinja2.sandbox", "tokenizers", "zeroconf.asyncio"),
 ]
 
 PROBE = r"""

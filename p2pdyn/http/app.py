@@ -1,18 +1,15 @@
-"""The endpoint's routes: the generation routes go past starlette, the rest through it."""
+"""The endpoint's routes, and what may be asked of them."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import orjson
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from p2pdyn.http.backend import Backend, ModelStatus
-from p2pdyn.http.errors import HttpError, unknown_path, wrong_method
+from p2pdyn.http.errors import HttpError, retry_after, unknown_path, wrong_method
+from p2pdyn.http.exchange import Exchange
 from p2pdyn.http.generate import Generations
 from p2pdyn.http.keys import ApiKeys
 from p2pdyn.http.metrics import HttpMetrics
@@ -23,7 +20,7 @@ MODEL = "/v1/models/"
 OPEN = ("/health", "/live", "/ready")
 """Need no API key."""
 
-Application = Callable[[Any, Any, Any], Awaitable[None]]
+PROMETHEUS = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
 
 
 class Gate:
@@ -49,70 +46,60 @@ class Gate:
 
 
 class Endpoint:
-    """The ASGI application. ``connections`` says how many are open, for /metrics."""
+    """Answers requests that the gate let through. ``connections`` says how many are open, for /metrics."""
 
     def __init__(self, backend: Backend, metrics: HttpMetrics, connections: Callable[[], int]) -> None:
-        generations = Generations(backend, metrics)
+        self.generations = Generations(backend, metrics)
         self._backend = backend
         self._metrics = metrics
         self._connections = connections
-        self._generations: dict[str, Application] = {
-            "/v1/chat/completions": generations.chat,
-            "/v1/completions": generations.completions,
+        self._routes: dict[str, Callable[[Exchange], None]] = {
+            "/v1/chat/completions": self.generations.chat,
+            "/v1/completions": self.generations.completions,
+            "/v1/models": self._models,
+            "/health": self._ready,
+            "/live": self._live,
+            "/ready": self._ready,
+            "/metrics": self._metrics_text,
+            "/p2p/peers": self._peers,
         }
-        routes = [
-            Route("/v1/models", self._models),
-            Route("/v1/models/{id:path}", self._model),
-            Route("/health", self._ready),
-            Route("/live", self._live),
-            Route("/ready", self._ready),
-            Route("/metrics", self._metrics_text),
-            Route("/p2p/peers", self._peers),
-        ]
-        self._app = Starlette(routes=routes, exception_handlers={HttpError: _error})
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        direct = self._generations.get(scope["path"])
-        if direct is not None:
-            await direct(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+    def serve(self, exchange: Exchange) -> None:
+        """Answer, at once or later; what goes wrong is an answer too."""
+        try:
+            self._routes.get(exchange.path, self._model)(exchange)
+        except Exception as error:
+            exchange.broke(error)
 
-    async def _models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [_describe(model) for model in self._backend.models()]})
+    def _models(self, exchange: Exchange) -> None:
+        _json(exchange, {"object": "list", "data": [_describe(model) for model in self._backend.models()]})
 
-    async def _model(self, request: Request) -> Response:
-        name = request.path_params["id"]
+    def _model(self, exchange: Exchange) -> None:
+        name = exchange.path.removeprefix(MODEL)
         for model in self._backend.models():
             if model.name == name:
-                return _json(_describe(model))
+                return _json(exchange, _describe(model))
         raise HttpError(
             404, f"The model {name[:128]!r} does not exist here; see /v1/models.", "model_not_found", "model"
         )
 
-    async def _live(self, request: Request) -> Response:
-        return _json({"status": "live"})
+    def _live(self, exchange: Exchange) -> None:
+        _json(exchange, {"status": "live"})
 
-    async def _ready(self, request: Request) -> Response:
+    def _ready(self, exchange: Exchange) -> None:
         ready, why = self._backend.readiness()
-        return _json({"status": "ready" if ready else "not ready", "detail": why}, 200 if ready else 503)
+        _json(exchange, {"status": "ready" if ready else "not ready", "detail": why}, 200 if ready else 503)
 
-    async def _peers(self, request: Request) -> Response:
-        return _json(self._backend.peers())
+    def _peers(self, exchange: Exchange) -> None:
+        _json(exchange, self._backend.peers())
 
-    async def _metrics_text(self, request: Request) -> Response:
+    def _metrics_text(self, exchange: Exchange) -> None:
         text = self._metrics.exposition(self._connections(), self._backend.metrics())
-        return Response(text, media_type="text/plain; version=0.0.4")
+        exchange.respond(200, text, kind=PROMETHEUS)
 
 
-def _json(content: Any, status: int = 200) -> Response:
-    headers = {"retry-after": "1"} if status == 503 else None
-    return Response(orjson.dumps(content), status, headers, "application/json")
-
-
-async def _error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HttpError)
-    return Response(error.body(), error.status, media_type="application/json")
+def _json(exchange: Exchange, content: Any, status: int = 200) -> None:
+    exchange.respond(status, orjson.dumps(content), retry_after(1) if status == 503 else b"")
 
 
 def _describe(model: ModelStatus) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class Backend(Protocol):
     def context(self, model: str) -> int:
         """Tokens that prompt and output of this model may have together; 0 if the model is not known."""
 
+    def known_card(self, model: str) -> ModelCard | None:
+        """The model's card if it is cached; otherwise :meth:`card` says more."""
+
     async def card(self, model: str) -> ModelCard:
         """The model's card, cached by hash, else fetched from a worker.
 

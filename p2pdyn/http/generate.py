@@ -1,25 +1,30 @@
-"""The generation routes: a plain ASGI application each, from the body's bytes to submitted jobs."""
+"""The generation routes: from the body's bytes to submitted jobs.
+
+All of it happens at once, out of the connection, when the model's tokenizer is loaded and the text is not long; only
+otherwise there is a task that waits.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import re
-import secrets
 from array import array
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
-from p2pdyn.core.request import Job, Rejected
+from p2pdyn.core.request import Job
 from p2pdyn.http.backend import Backend
-from p2pdyn.http.errors import HttpError, bad
-from p2pdyn.http.exchange import EXTENSION, Exchange
+from p2pdyn.http.errors import bad
+from p2pdyn.http.exchange import Exchange
 from p2pdyn.http.formats import ChatFormat, CompletionFormat, Shape
 from p2pdyn.http.metrics import HttpMetrics
 from p2pdyn.http.openai import COMPLETION_TOKENS, SEED_MASK, Ask, chat_ask, completion_ask, parse
 from p2pdyn.http.reply import Pacer, Reply
 from p2pdyn.http.speech import Speech, Speeches
 from p2pdyn.text.template import TemplateError
+from p2pdyn.text.tokenizer import LONG_TEXT, Tokenizer
 
 TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 ROUTING_VALUE = re.compile(rb"[!-~]{1,128}")
@@ -37,30 +42,60 @@ class Generations:
         self._speeches = Speeches(backend)
         self._loop = asyncio.get_running_loop()
         self._pacer = Pacer(self._loop, backend.cancel)
+        self._tasks: set[asyncio.Task[None]] = set()
         backend.on_batch = self._pacer.batch_done
 
-    async def chat(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._answer(scope["extensions"][EXTENSION]["exchange"], True)
+    def chat(self, exchange: Exchange) -> None:
+        self._answer(exchange, True)
 
-    async def completions(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._answer(scope["extensions"][EXTENSION]["exchange"], False)
+    def completions(self, exchange: Exchange) -> None:
+        self._answer(exchange, False)
 
-    async def _answer(self, exchange: Exchange, chat: bool) -> None:
+    async def close(self, seconds: float) -> None:
+        """Cancel what waits for a model or a thread; all else ends with its connection."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+
+    def _answer(self, exchange: Exchange, chat: bool) -> None:
         began = self._loop.time()
-        try:
-            content = parse(exchange.body)
-            exchange.body = bytearray()
-            speech = await self._speeches.of(content["model"])
-            ask = (chat_ask if chat else completion_ask)(content, speech.card)
-            prompts = [await _chat_prompt(ask, speech)] if chat else await _prompts(ask, speech)
-            room = self._room(ask, prompts, speech)
-            if not exchange.disconnected:
-                jobs = _jobs(exchange, ask, prompts, room)
-                self._reply(exchange, ask, prompts, speech, began).start(jobs)
-        except HttpError as error:
-            exchange.fail(error)
-        except Rejected as rejected:
-            exchange.fail(HttpError.of(rejected.failure))
+        content = parse(exchange.body)
+        exchange.body = b""
+        speech = self._speeches.ready(content["model"])
+        if speech is None:
+            self._later(exchange, self._load(exchange, content, chat, began))
+        else:
+            self._read(exchange, content, speech, chat, began)
+
+    async def _load(self, exchange: Exchange, content: dict[str, Any], chat: bool, began: float) -> None:
+        speech = await self._speeches.of(content["model"])
+        self._read(exchange, content, speech, chat, began)
+
+    def _read(self, exchange: Exchange, content: dict[str, Any], speech: Speech, chat: bool, began: float) -> None:
+        ask = chat_ask(content, speech.card) if chat else completion_ask(content, speech.card)
+        texts: list[str | array[int]] = [_chat_text(ask, speech)] if chat else ask.prompts
+        if any(type(text) is str and len(text) > LONG_TEXT for text in texts):
+            self._later(exchange, self._encode(exchange, ask, texts, speech, began))
+        else:
+            self._submit(exchange, ask, _prompts(ask, texts, speech.tokenizer), speech, began)
+
+    async def _encode(
+        self, exchange: Exchange, ask: Ask, texts: list[str | array[int]], speech: Speech, began: float
+    ) -> None:
+        prompts = await asyncio.to_thread(_prompts, ask, texts, speech.tokenizer)
+        self._submit(exchange, ask, prompts, speech, began)
+
+    def _submit(self, exchange: Exchange, ask: Ask, prompts: list[Prompt], speech: Speech, began: float) -> None:
+        room = self._room(ask, prompts, speech)
+        if not exchange.disconnected:
+            jobs = _jobs(exchange, ask, prompts, room)
+            self._reply(exchange, ask, prompts, speech, began).start(jobs)
+
+    def _later(self, exchange: Exchange, rest: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(_answered(exchange, rest))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _room(self, ask: Ask, prompts: list[Prompt], speech: Speech) -> list[int]:
         """Tokens that the context leaves behind each prompt; HttpError 400 if max_tokens does not fit."""
@@ -76,12 +111,19 @@ class Generations:
 
     def _reply(self, exchange: Exchange, ask: Ask, prompts: list[Prompt], speech: Speech, began: float) -> Reply:
         shape: type[Shape] = ChatFormat if ask.messages else CompletionFormat
-        form = shape(secrets.token_hex(12), ask.model, speech.tokenizer, ask.include_usage)
+        form = shape(f"{random.getrandbits(96):024x}", ask.model, speech.tokenizer, ask.include_usage)
         silent = _silent(ask, speech)
         reply = Reply(exchange, self._backend, self._metrics, self._pacer, form, ask, silent, began)
         reply.prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
         self._metrics.prompt_tokens += reply.prompt_tokens
         return reply
+
+
+async def _answered(exchange: Exchange, rest: Coroutine[Any, Any, None]) -> None:
+    try:
+        await rest
+    except Exception as error:
+        exchange.broke(error)
 
 
 def _jobs(exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int]) -> list[tuple[Job, int, str]]:
@@ -122,24 +164,25 @@ def _silent(ask: Ask, speech: Speech) -> frozenset[int]:
     return frozenset(token for token in ends if not speech.tokenizer.is_special(token))
 
 
-async def _chat_prompt(ask: Ask, speech: Speech) -> Prompt:
+def _chat_text(ask: Ask, speech: Speech) -> str:
     if speech.template is None:
         raise bad(f"Chat is not possible here: {speech.no_chat}.", "messages", "no_chat_template")
     try:
-        text = speech.template.render(ask.messages, ask.add_generation_prompt, ask.template)
+        return speech.template.render(ask.messages, ask.add_generation_prompt, ask.template)
     except TemplateError as error:
         raise bad(f"{str(error)[:1].upper()}{str(error)[1:]}.", "messages", "chat_template_error") from None
-    return await speech.tokenizer.encode(text, special=False), ""
 
 
-async def _prompts(ask: Ask, speech: Speech) -> list[Prompt]:
+def _prompts(ask: Ask, texts: list[str | array[int]], tokenizer: Tokenizer) -> list[Prompt]:
+    """``texts`` as token ids. A chat's template has set all special tokens; a completion gets the model's own."""
+    if ask.messages:
+        return [(tokenizer.encode(text, special=False), "") for text in texts if isinstance(text, str)]
     found: list[Prompt] = []
-    tokenizer = speech.tokenizer
-    for prompt in ask.prompts:
-        if isinstance(prompt, str):
-            found.append((await tokenizer.encode(prompt, special=True), prompt if ask.echo else ""))
+    for text in texts:
+        if isinstance(text, str):
+            found.append((tokenizer.encode(text, special=True), text if ask.echo else ""))
             continue
-        if max(prompt) >= tokenizer.vocabulary:
+        if max(text) >= tokenizer.vocabulary:
             raise bad("prompt holds a token id outside the vocabulary.", "prompt")
-        found.append((prompt, tokenizer.decode(prompt) if ask.echo else ""))
+        found.append((text, tokenizer.decode(text) if ask.echo else ""))
     return found

@@ -235,7 +235,6 @@ class Reply:
     def start(self, jobs: Sequence[tuple[Job, int, str]]) -> None:
         """Submit (job, number of its prompt, text to echo) for each choice. Raises Rejected; then nothing is left."""
         self.exchange.on_disconnect = self._left
-        self.exchange.detached = True
         self.metrics.streams += 1
         self._open = len(jobs)
         self.choices = [Choice(self, index, prompt, echo) for index, (_, prompt, echo) in enumerate(jobs)]

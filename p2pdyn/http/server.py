@@ -10,8 +10,6 @@ from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 
-from uvicorn.config import Config
-
 from p2pdyn.core.types import Address
 from p2pdyn.http.app import Endpoint, Gate
 from p2pdyn.http.backend import Backend
@@ -40,9 +38,8 @@ class HttpServer:
         self._keys = ApiKeys(settings.api_key_file)
         self._tls = _tls_context(settings)
         self.metrics = HttpMetrics()
-        self._shared = Shared(settings.limits, Gate(self._keys), self.metrics)
-        connections = self._shared.connections
-        self._endpoint = Endpoint(backend, self.metrics, lambda: len(connections))
+        self._endpoint = Endpoint(backend, self.metrics, lambda: len(self._shared.connections))
+        self._shared = Shared(settings.limits, Gate(self._keys), self.metrics, self._endpoint.serve)
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_s = SWEEP_S
@@ -50,30 +47,16 @@ class HttpServer:
     async def start(self) -> str:
         """Bind, and answer the endpoint's URL. Raises OSError whose ``strerror`` says why it cannot bind."""
         loop = asyncio.get_running_loop()
-        config = Config(
-            self._endpoint,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            ws="none",
-            loop="none",
-            proxy_headers=False,
-        )
-        config.timeout_keep_alive = self._shared.limits.idle_s  # type: ignore[assignment]  # a float does as well
-        config.load()
         address, limits = self._settings.address, self._shared.limits
         self._check_descriptors(limits)
 
-        def connection() -> asyncio.Protocol:
-            return Connection(config, self._shared, {}, loop)
-
         try:
             self._server = await loop.create_server(
-                connection, address.host, address.port, ssl=self._tls, backlog=BACKLOG
+                lambda: Connection(self._shared, loop), address.host, address.port, ssl=self._tls, backlog=BACKLOG
             )
         except OSError as error:
             raise _bind_error(error) from error
-        shortest = min(limits.header_s, limits.body_s, limits.linger_s, limits.slow_s)
+        shortest = min(limits.header_s, limits.body_s, limits.idle_s, limits.linger_s, limits.slow_s)
         self._sweep_s = min(SWEEP_S, shortest / 4)
         self._sweep()
         port = self._server.sockets[0].getsockname()[1]
@@ -99,10 +82,7 @@ class HttpServer:
         await shared.wait_quiet(grace_s)
         for connection in list(shared.connections):
             connection.transport.abort()
-        for task in list(shared.tasks):
-            task.cancel()
-        if shared.tasks:
-            await asyncio.wait(shared.tasks, timeout=STOP_S)
+        await self._endpoint.generations.close(STOP_S)
         await shared.wait_quiet(STOP_S)
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -115,10 +95,9 @@ class HttpServer:
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self._shared.set_date(formatdate(usegmt=True).encode())
+        self._shared.date = b"date: %b\r\n" % formatdate(usegmt=True).encode()
         for connection in list(self._shared.connections):
-            if isinstance(connection, Connection):
-                connection.sweep(now)
+            connection.sweep(now)
         self._sweeper = loop.call_later(self._sweep_s, self._sweep)
 
 

@@ -46,6 +46,11 @@ class Speeches:
         self._ready: dict[str, Speech] = {}
         self._building: dict[str, tuple[ModelCard, asyncio.Task[Speech]]] = {}
 
+    def ready(self, model: str) -> Speech | None:
+        """The model's Speech, if nothing has to be waited for."""
+        speech = self._ready.get(model)
+        return speech if speech is not None and self._backend.known_card(model) is speech.card else None
+
     async def of(self, model: str) -> Speech:
         """Raises Rejected as Backend.card does, and HttpError 503 for a card that cannot be used."""
         card = await self._backend.card(model)

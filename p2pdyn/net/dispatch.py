@@ -89,6 +89,10 @@ class Dispatcher:
         known = self.catalog.models.get(model)
         return known.served.context if known is not None else 0
 
+    def known_card(self, model: str) -> ModelCard | None:
+        known = self.catalog.models.get(model)
+        return None if known is None else self._cards.get(known.served.card)
+
     async def card(self, model: str) -> ModelCard:
         known = self.catalog.models.get(model)
         if known is None:

@@ -40,6 +40,9 @@ class LocalBackend:
     def context(self, model: str) -> int:
         return self.info.context if model == "sim" else 0
 
+    def known_card(self, model: str) -> ModelCard | None:
+        return self._card if model == "sim" else None
+
     async def card(self, model: str) -> ModelCard:
         if model != "sim":
             raise Rejected(Failure(404, "model_not_found", f"The model {model!r} does not exist here."))
