@@ -131,7 +131,12 @@ class PeerInfo:
 
 @dataclass(slots=True)
 class Load:
-    """A worker's load at one moment. Blocks are KV blocks of the engine's block size."""
+    """The load of one routing target (a worker's data-parallel rank) at one moment, and its measured speed.
+
+    Blocks are KV blocks of the engine's block size; ``active_blocks`` are held by sequences, a shared one counted once.
+    ``prefill_tokens_queued`` are the prompt tokens still to compute: those found in the prefix cache do not count.
+    ``queued`` requests are waiting for the engine to admit them. Speeds are 0 until measured.
+    """
 
     active_requests: int = 0
     active_blocks: int = 0
@@ -141,6 +146,8 @@ class Load:
     prefill_tokens_queued: int = 0
     prefill_tps: float = 0.0
     itl_ms: float = 0.0
+    itl_per_block_ms: float = 0.0
+    """What one more active block adds to the time between two tokens."""
 
 
 @dataclass(slots=True)

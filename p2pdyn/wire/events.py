@@ -32,6 +32,9 @@ class LoadEvent:
     prefill_tokens_queued: U64
     prefill_tps: Annotated[float, Bound(0, 1e12)]
     itl_ms: Annotated[float, Bound(0, 1e9)]
+    itl_per_block_ms: Annotated[float, Bound(0, 1e9)] = 0.0
+    rank: U8 = 0
+    """The data-parallel rank that this is about."""
 
 
 MAX_OPS = 4 * 2**20 - 1024
