@@ -104,8 +104,9 @@ def command(context: click.Context, /, supervised_by: int | None, **flags: objec
     """Start a peer on this host: a worker with its engine, the OpenAI endpoint, or both.
 
     Prints one line, `ready node=...`, when it serves. SIGTERM or Ctrl-C lets running requests finish, a second one does
-    not. Each option is also a variable (P2PDYN_SEEDS_FILE for --seeds-file) and a line of the --config file
-    (seeds_file = "..."); options win over variables, those over the file.
+    not; SIGHUP reads --api-key-file, --tls-cert and --tls-key again. Each option is also a variable
+    (P2PDYN_SEEDS_FILE for --seeds-file) and a line of the --config file (seeds_file = "..."); options win over
+    variables, those over the file.
     """
     try:
         config = load({**flags, "engine_args": context.meta.get("engine_args")}, os.environ)
@@ -135,7 +136,7 @@ async def _serve(config: Config) -> int:
     else:
         from p2pdyn.node import run
 
-    stop = asyncio.Event()
+    stop, reload = asyncio.Event(), asyncio.Event()
     began: list[ReadyInfo] = []
     caught: list[int] = []
 
@@ -143,7 +144,7 @@ async def _serve(config: Config) -> int:
         began.append(info)
         click.echo(info.line)
 
-    peer = asyncio.ensure_future(run(config, ready=ready, stop=stop))
+    peer = asyncio.ensure_future(run(config, ready=ready, stop=stop, reload=reload))
 
     def caught_signal(number: int) -> None:
         caught.append(number)
@@ -155,6 +156,7 @@ async def _serve(config: Config) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, caught_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
     try:
         return await peer
     except asyncio.CancelledError:

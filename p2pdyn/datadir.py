@@ -95,6 +95,15 @@ class DataDir:
         finally:
             os.close(folder)
 
+    def raise_epoch(self, epoch: int) -> None:
+        """The cluster knew a later life of this id: begin above it the next time too."""
+        if self.epoch < epoch < MAX_EPOCH:
+            self.epoch = epoch
+            try:
+                self._write()
+            except OSError as why:
+                log.warning("%s", _sentence(self.path, why))
+
     def close(self) -> None:
         """Give the lock back. Idempotent."""
         if self._lock >= 0:

@@ -61,9 +61,17 @@ STALL_S = 30.0
 seconds, never this)."""
 
 
-async def run(config: Config, *, ready: Ready, stop: asyncio.Event, seen: Seen | None = None) -> int:
-    """Run one peer until ``stop`` is set (again: at once); the exit code. ``seen`` hears of each peer's state as this
-    one sees it, once this one's frontend knows it too.
+async def run(
+    config: Config,
+    *,
+    ready: Ready,
+    stop: asyncio.Event,
+    reload: asyncio.Event | None = None,
+    seen: Seen | None = None,
+) -> int:
+    """Run one peer until ``stop`` is set (again: at once); the exit code. Each time ``reload`` is set, the endpoint's
+    API keys and certificate are read again. ``seen`` hears of each peer's state as this one sees it, once this one's
+    frontend knows it too.
 
     Raises ConfigError and StartError with one sentence each.
     """
@@ -71,7 +79,7 @@ async def run(config: Config, *, ready: Ready, stop: asyncio.Event, seen: Seen |
     with DataDir(config.data_dir) as data:
         node = Node(config, data, seen)
         try:
-            await node.start(ready)
+            await node.start(ready, reload)
             return await node.serve(stop)
         finally:
             await node.close()
@@ -84,6 +92,7 @@ class Node:
         self.config = config
         self.seen = seen
         self.data = data
+        self.epoch = data.epoch
         self.rng = random.Random()
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.stack = contextlib.AsyncExitStack()
@@ -91,13 +100,14 @@ class Node:
         self.worker: WorkerService | None = None
         self.runner: Runner | None = None
         self.dispatcher: Any = None
+        self.http: Any = None
         self.tasks: list[asyncio.Task[Any]] = []
         self.mesh: Mesh
         self.told_progress = 0.0
 
     # Start.
 
-    async def start(self, ready: Ready) -> None:
+    async def start(self, ready: Ready, reload: asyncio.Event | None = None) -> None:
         config = self.config
         try:
             listen = interfaces.pick(config.listen)
@@ -114,6 +124,8 @@ class Node:
         self.mesh.on_admin("reach", reach)
         if config.http is not None:
             await self._start_http(sockets)
+        if reload is not None:
+            self._background(self._reload_when(reload))
         self.mesh.start()
         await self._introduce(security, listen)
         log.info("node %s listens on %s (%s)", self.data.node, self.mesh.address, listen.why)
@@ -194,6 +206,7 @@ class Node:
                 "give a free port with --http HOST:PORT, or --no-http"
             ) from None
         self.stack.push_async_callback(server.stop, 1.0)
+        self.http = server
         self.info = replace(self.info, http=url)
 
     async def _introduce(self, security: Security, listen: interfaces.Listen) -> None:
@@ -268,6 +281,21 @@ class Node:
             self.info.role,
         )
 
+    async def _reload_when(self, asked: asyncio.Event) -> None:
+        """Certificates are renewed and keys replaced while the endpoint serves; files that cannot be used change
+        nothing."""
+        while True:
+            await asked.wait()
+            asked.clear()
+            if self.http is None:
+                log.info("nothing to read again: this node has no HTTP endpoint")
+                continue
+            try:
+                self.http.reload()
+                log.info("API keys and TLS certificate were read again")
+            except (OSError, ValueError) as error:
+                log.error("not read again, the API keys and certificate in use stay: %s", error)
+
     # Serve and stop.
 
     async def serve(self, stop: asyncio.Event) -> int:
@@ -316,6 +344,8 @@ class Node:
         return cluster_report(self.config.cluster, self.mesh, loads, incompatible)
 
     def _changed(self, peer: Peer, was: str | None) -> None:
+        if peer.id == self.data.node:
+            self._own_epoch(peer.version.epoch)
         if was != peer.state:
             log.info("peer %s (%s) at %s: %s -> %s", peer.info.name, peer.id, peer.address, was or "new", peer.state)
         if self.dispatcher is not None:
@@ -326,6 +356,16 @@ class Node:
             )
         if self.seen is not None:
             self.seen(peer.id, peer.info.state if peer.state == "alive" else peer.state)
+
+    def _own_epoch(self, epoch: int) -> None:
+        """Membership raises it where the cluster remembers a later life of this id: a copied or restored data dir on a
+        host whose clock is behind."""
+        if epoch != self.epoch:
+            log.warning("the cluster knew a later life of this node: its epoch rises from %d to %d", self.epoch, epoch)
+            self.epoch = epoch
+            self.data.raise_epoch(epoch)
+            if self.worker is not None:
+                self.worker.set_epoch(epoch)
 
     def _fatal(self, text: str) -> None:
         if not self.ended.done():

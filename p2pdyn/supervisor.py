@@ -48,12 +48,12 @@ MAX_LINE = 64 * 1024
 READY_LINE = re.compile(r"ready node=(?P<node>\S+) mesh=\S+ http=\S+ model=(?P<model>\S+) role=(?P<role>\S+)")
 
 
-async def run(config: Config, *, ready: node.Ready, stop: asyncio.Event) -> int:
-    """Run peer 0 and its workers until ``stop`` is set (again: at once); the exit code.
+async def run(config: Config, *, ready: node.Ready, stop: asyncio.Event, reload: asyncio.Event | None = None) -> int:
+    """Run peer 0 and its workers until ``stop`` is set (again: at once); the exit code. ``reload`` is peer 0's.
 
     Raises ConfigError and StartError as :func:`p2pdyn.node.run` does.
     """
-    return await Supervisor(config, ready).run(stop)
+    return await Supervisor(config, ready).run(stop, reload)
 
 
 class Supervisor:
@@ -77,10 +77,10 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._finished: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-    async def run(self, stop: asyncio.Event) -> int:
+    async def run(self, stop: asyncio.Event, reload: asyncio.Event | None = None) -> int:
         stop_peer = asyncio.Event()
         peer = asyncio.create_task(
-            node.run(self.config.frontend(), ready=self._peer_ready, stop=stop_peer, seen=self._saw)
+            node.run(self.config.frontend(), ready=self._peer_ready, stop=stop_peer, reload=reload, seen=self._saw)
         )
         signals = asyncio.create_task(self._forward(stop))
         try:

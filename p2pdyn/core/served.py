@@ -40,7 +40,7 @@ class Served:
     """Pure bookkeeping; ``now`` in seconds."""
 
     def __init__(self, epoch: int, models: Iterable[str], context: int, max_open: int) -> None:
-        self._epoch = epoch
+        self.epoch = epoch
         self._models = frozenset(models)
         self._context = context
         self._max_open = max_open
@@ -83,8 +83,8 @@ class Served:
 
     def _refusal(self, message: Generate) -> tuple[str, str] | None:
         count = len(message.tokens) // 4
-        if message.epoch != self._epoch:
-            return "epoch", f"the worker was restarted: it has epoch {self._epoch}, the request is for {message.epoch}"
+        if message.epoch != self.epoch:
+            return "epoch", f"the worker was restarted: it has epoch {self.epoch}, the request is for {message.epoch}"
         if self.draining:
             return "draining", "the worker is draining"
         if message.model not in self._models:

@@ -27,7 +27,11 @@ class ApiKeys:
         """Read the file again; the old keys stay when it is unusable."""
         if self._file is None:
             return
-        lines = [line.strip() for line in self._file.read_text(encoding="utf-8").splitlines()]
+        try:
+            text = self._file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"API key file {self._file} is not UTF-8 text ({error.reason}): mend it") from error
+        lines = [line.strip() for line in text.splitlines()]
         keys = [line for line in lines if line and not line.startswith("#")]
         if not keys:
             raise ValueError(f"API key file {self._file} holds no key: write one key a line")

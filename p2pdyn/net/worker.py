@@ -68,6 +68,13 @@ class WorkerService:
         self._runner = runner
         self._card = (card_digest, info.card)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Membership has raised this node's epoch above that of another life of its id. Frontends take that for a
+        restart: they come back on new links, and ask for the new one."""
+        self._epoch = epoch
+        if self._served is not None:
+            self._served.epoch = epoch
+
     @property
     def load(self) -> Load:
         return self._runner.load if self._runner is not None else Load()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.nodes import NodeProcess
+from support.nodes import NodeProcess, wait_for
 
 from p2pdyn.datadir import DataDir
 
@@ -37,6 +39,49 @@ def test_one_line_when_ready_and_a_clean_end(start: Start, number: int) -> None:
     node.signal(number)
     assert node.process.wait(10) == 0
     assert "Traceback" not in node.stderr
+
+
+def status(node: NodeProcess, key: str) -> int:
+    request = urllib.request.Request(f"{node.url}/v1/models", headers={"authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_sighup_reads_the_api_keys_again_and_keeps_them_if_the_file_is_broken(start: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("the-first-key\n")
+    node = start("--http", "127.0.0.1:0", "--api-key-file", str(keys)).wait_ready()
+    assert (status(node, "the-first-key"), status(node, "the-second-key")) == (200, 401)
+
+    keys.write_text("the-second-key\n")
+    node.signal(signal.SIGHUP)
+    wait_for(lambda: status(node, "the-second-key") == 200, 5, "the new key is accepted")
+    assert status(node, "the-first-key") == 401
+
+    for broken in (b"", b"short\n", b"\xff\xfe\n"):
+        errors = len(node.errors)
+        keys.write_bytes(broken)
+        node.signal(signal.SIGHUP)
+        said = wait_for(lambda n=errors: node.errors[n:], 5, "one sentence")
+        assert len(said) == 1
+        assert str(keys) in said[0]
+        assert "in use stay" in said[0]
+        assert (status(node, "the-second-key"), status(node, "short")) == (200, 401)
+    keys.unlink()
+    node.signal(signal.SIGHUP)
+    wait_for(lambda: "No such file" in node.stderr, 5, "the missing file is named")
+    assert status(node, "the-second-key") == 200
+
+
+def test_sighup_does_not_end_a_node_without_an_endpoint(start: Start) -> None:
+    node = start("--no-http").wait_ready()
+    node.signal(signal.SIGHUP)
+    wait_for(lambda: "no HTTP endpoint" in node.stderr, 5, "it says so")
+    assert node.process.poll() is None
 
 
 def test_log_level(start: Start) -> None:

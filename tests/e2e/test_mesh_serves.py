@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import socket
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -124,6 +127,41 @@ def test_a_new_worker_takes_traffic_within_a_second_of_ready(cluster: Cluster) -
 
     taken_at = wait_for(served_by_the_new_one, 5, "a request on the new worker", every=0.005)
     assert taken_at - late.ready_at < 1.0
+
+
+def test_a_worker_whose_clock_and_data_dir_went_back_still_serves(cluster: Cluster, tmp_path: Path) -> None:
+    """The cluster remembers a later life of it, so its epoch rises above that one, and its links follow."""
+    frontend = cluster.frontend("f1")
+    identity = tmp_path / "w1" / "identity.json"
+    identity.parent.mkdir()
+    later = int(time.time() * 1000) + 86_400_000
+    identity.write_text(json.dumps({"node": "a" * 16, "epoch": later}))
+    args = ("--port", str(free_base()), "--", "--speedup", "0")
+    first = cluster.worker("w1", *args, seeds=[frontend])
+    wait_for(lambda: len(ready_workers(frontend, cluster)) == 1, 10, "the worker")
+    ask(frontend, max_tokens=1)
+    first.kill()
+    identity.write_text(json.dumps({"node": "a" * 16, "epoch": 0}))
+    cluster.worker("w1", *args, seeds=[frontend])
+
+    def epoch() -> int:
+        return next(int(peer["epoch"]) for peer in ready_workers(frontend, cluster))
+
+    wait_for(lambda: ready_workers(frontend, cluster) and epoch() > later + 1, 10, "the epoch above the later life's")
+    for _ in range(4):
+        answer = ask(frontend, max_tokens=3)
+        assert (answer.usage.completion_tokens, answer.model_extra["p2pdyn"]["migrations"]) == (3, 0)
+    assert json.loads(identity.read_text())["epoch"] == epoch()
+
+
+def free_base() -> int:
+    """The first of four ports that are free now."""
+    while True:
+        with contextlib.ExitStack() as held, contextlib.suppress(OSError, OverflowError):
+            base = held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            for port in range(base + 1, base + 4):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+            return int(base)
 
 
 def test_workers_of_unlike_weights_are_not_routed_together(cluster: Cluster) -> None:

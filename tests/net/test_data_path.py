@@ -258,6 +258,26 @@ def test_a_restarted_worker_refuses_its_predecessors_requests(run: Run) -> None:
     run(scenario)
 
 
+def test_a_worker_whose_epoch_rises_goes_on_serving(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        worker = await bench.worker("a", "--itl-ms", "5")
+        bench.refresh()
+        _, whole = bench.submit(max_tokens=60)
+        await whole.outcome
+        _, sink = bench.submit(max_tokens=60)
+        await until(lambda: len(sink.tokens) > 5, "a part of the stream")
+        worker.epoch += 2
+        worker.service.set_epoch(worker.epoch)
+        bench.refresh()
+        assert (await sink.outcome).finish == "length"
+        assert sink.tokens == whole.tokens
+        _, after = bench.submit(max_tokens=4)
+        assert (await after.outcome).migrations == 0
+        await until(lambda: worker.service.open == 0, "nothing is left of the old links' requests")
+
+    run(scenario)
+
+
 def test_the_model_card_is_fetched_from_a_worker_and_cached(run: Run) -> None:
     async def scenario(bench: Bench) -> None:
         worker = await bench.worker("a")
