@@ -1,5 +1,9 @@
 """Every open request of one worker: whose it is, and what goes back to whom.
 
+Engine steps come in by :meth:`Served.outputs` and leave by :meth:`Served.take`, at the shell's pace: all tokens of a
+request since the last take are one row.  A request is open until the row with its finish has been taken, so that
+nothing said in between (a heartbeat, an engine's death) can overtake it.
+
 A request is known by (connection, rid, attempt); the engine knows it by a key of ours.  The connection is the ROUTER's
 routing id, automatic and so never that of an earlier connection.
 """
@@ -23,10 +27,17 @@ class Running:
     rid: int
     attempt: int
     offset: int
-    """Of the next token to send: generated tokens so far, those of earlier attempts included."""
-    held: list[int] | None = None
-    """Tokens not sent yet, of a request whose first token has been sent and whose client waits for the whole answer."""
+    """Of the first token in ``held``: generated tokens so far, those of earlier attempts included."""
     whole: bool = False
+    """The client waits for the whole answer: between the first token and the last, only ``take(held_back=True)``
+    takes them. The first goes early as it tells how long the prompt took."""
+    held: list[int] = field(default_factory=list)
+    """Generated, not taken yet."""
+    waiting: bool = False
+    """Among the due, or held back."""
+    finish: str = ""
+    cached: int = 0
+    logprobs: Logprobs = ()
 
 
 @dataclass(slots=True)
@@ -46,8 +57,10 @@ class Served:
         self._max_open = max_open
         self._next_key = 1
         self.tokens = 0
-        """Sent so far."""
+        """Taken so far."""
         self.draining = False
+        self._due: list[Running] = []
+        self._ended = 0
         self.connections: dict[bytes, Connection] = {}
         self.running: dict[int, Running] = {}
 
@@ -109,61 +122,72 @@ class Served:
                 keys.append(self._forget(running))
         return keys
 
-    def outputs(self, outputs: Iterable[Output], pack_logprobs: Callable[[Logprobs], bytes]) -> dict[bytes, list[Row]]:
-        """One step's outputs by connection, as the rows of its Tokens message; what has finished is forgotten, outputs
-        of aborted sequences are dropped."""
-        by_connection: dict[bytes, list[Row]] = {}
-        running_by_key = self.running
-        total = 0
+    def outputs(self, outputs: Iterable[Output]) -> None:
+        """Take in one step's outputs; those of aborted sequences are dropped."""
+        running_by_key, due = self.running, self._due
         for output in outputs:
             running = running_by_key.get(output.key)
-            if running is None:
+            if running is None or running.finish:
                 continue
-            tokens, finish, offset = output.tokens, output.finish, running.offset
-            if running.whole:
-                held = running.held
-                if held is None:
-                    running.held = []  # the first token goes at once: it tells how long the prompt took
-                elif finish:
-                    tokens = (*held, *tokens)
-                else:
-                    held += tokens
-                    continue
-            count = len(tokens)
-            running.offset = offset + count
-            total += count
-            logprobs = pack_logprobs(output.logprobs) if output.logprobs else b""
-            row = (running.rid, running.attempt, offset, tokens, finish, output.cached, logprobs)
-            rows = by_connection.get(running.connection)
-            if rows is None:
-                by_connection[running.connection] = [row]
-            else:
-                rows.append(row)
+            running.held += output.tokens
+            if output.finish:
+                running.finish = output.finish
+                self._ended += 1
+                if running.whole:
+                    running.waiting = False
+            if output.cached:
+                running.cached = output.cached
+            if output.logprobs:
+                running.logprobs += output.logprobs
+            if not running.waiting:
+                running.waiting = True
+                due.append(running)
+
+    @property
+    def due(self) -> bool:
+        """There is something to take."""
+        return bool(self._due)
+
+    @property
+    def generating(self) -> int:
+        """Requests whose last token has not come in."""
+        return len(self.running) - self._ended
+
+    def take(self, pack_logprobs: Callable[[Logprobs], bytes], held_back: bool = False) -> dict[bytes, list[Row]]:
+        """What is due, by connection, as the rows of its Tokens message. What has finished is forgotten with this.
+
+        ``held_back``: also of whole answers; a few times a second, so that little is lost with this worker.
+        """
+        due, self._due = self._due, []
+        if held_back:
+            due += [running for running in self.running.values() if running.whole and running.held]
+        by_connection: dict[bytes, list[Row]] = {}
+        for running in due:
+            tokens, finish = tuple(running.held), running.finish
+            if running.key not in self.running or not (tokens or finish):
+                continue  # cancelled, or taken a moment ago
+            offset, logprobs = running.offset, running.logprobs
+            running.offset = offset + len(tokens)
+            self.tokens += len(tokens)
+            running.held.clear()
+            row = (running.rid, running.attempt, offset, tokens, finish, running.cached,
+                   pack_logprobs(logprobs) if logprobs else b"")  # fmt: skip
+            by_connection.setdefault(running.connection, []).append(row)
             if finish:
                 self._forget(running)
-        self.tokens += total
-        return by_connection
-
-    def held(self) -> dict[bytes, list[Row]]:
-        """What :meth:`outputs` has held back, as it gives it: a few times a second, so that little is lost with us."""
-        by_connection: dict[bytes, list[Row]] = {}
-        for running in self.running.values():
-            if running.held:
-                tokens, running.held = tuple(running.held), []
-                row = (running.rid, running.attempt, running.offset, tokens, "", 0, b"")
-                running.offset += len(tokens)
-                self.tokens += len(tokens)
-                by_connection.setdefault(running.connection, []).append(row)
+            else:
+                running.waiting = running.whole
+                running.cached, running.logprobs = 0, ()
         return by_connection
 
     def gone(self, connection: bytes) -> list[int]:
         """The connection is closed: the keys to abort."""
-        known = self.connections.pop(connection, None)
+        known = self.connections.get(connection)
         if known is None:
             return []
-        for running in known.open.values():
-            del self.running[running.key]
-        return [running.key for running in known.open.values()]
+        keys = [self._forget(running) for running in list(known.open.values())]
+        del self.connections[connection]
+        return keys
 
     def orphans(self, silent_since: float) -> list[int]:
         """Forget connections not heard of since then: the keys to abort."""
@@ -171,13 +195,14 @@ class Served:
         return [key for connection in silent for key in self.gone(connection)]
 
     def all_failed(self) -> list[Running]:
-        """The engine died: every request, forgotten."""
+        """The engine died: every request, forgotten. Take what is due before."""
         running = list(self.running.values())
         for one in running:
             self._forget(one)
         return running
 
     def _forget(self, running: Running) -> int:
+        self._ended -= bool(running.finish)
         del self.running[running.key]
         del self.connections[running.connection].open[running.rid]
         return running.key

@@ -16,6 +16,9 @@ from p2pdyn.engines import registry
 from p2pdyn.engines.base import Engine, EngineError, EngineInfo, EngineOptions, Progress, Sequence, Step, death_reason
 from p2pdyn.engines.child import ChildRunner
 
+TURN_S = 0.001
+"""An engine whose steps take no time would else spend much of it in the loop between them."""
+
 OnStep = Callable[[Step], None]
 OnDeath = Callable[[str], None]
 
@@ -71,7 +74,7 @@ def make_runner(
 
 
 class InProcessRunner:
-    """Steps an engine on the peer's own loop: one step a turn, so that sockets are served between any two."""
+    """Steps an engine on the peer's own loop. Sockets are served each :data:`TURN_S`, or step if that is longer."""
 
     def __init__(self, name: str, module: str, options: EngineOptions, on_step: OnStep, on_death: OnDeath) -> None:
         self.on_step = on_step
@@ -162,24 +165,31 @@ class InProcessRunner:
             self._turn = self._loop.call_later(wait, self._step) if wait > 0 else self._loop.call_soon(self._step)
 
     def _step(self) -> None:
+        """One step, and those that are due right behind it, for :data:`TURN_S`: then sockets are served."""
         self._turn = None
         engine = self._engine
         if engine is None:
             return
-        try:
-            now = time.monotonic()
-            due = engine.next_step(now)
-            step = engine.step(now) if due is not None and due <= now else None
-        except Exception as error:
-            self._fail(error)
-            return
-        if step is not None:
+        now = time.monotonic()
+        until = now + TURN_S
+        while self._engine is engine:
+            try:
+                due = engine.next_step(now)
+                step = engine.step(now) if due is not None and due <= now else None
+            except Exception as error:
+                self._fail(error)
+                return
+            if step is None:
+                break
             self.steps += 1
             self.last_step_s = self._loop.time()
             for output in step.outputs:
                 if output.finish:
                     self._open.discard(output.key)
             self.on_step(step)
+            now = time.monotonic()
+            if now >= until:
+                break
         if self._engine is engine:
             self._arm(engine)
 

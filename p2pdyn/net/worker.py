@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
 from p2pdyn.core.served import Served
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 TICK_S = min(STREAM_HEARTBEAT_S, LOAD_EVENT_S)
 LOAD_SETTLE_S = 0.02
+STEPS_S = 0.001
+"""Engine steps that follow each other faster than this share a message: each costs both peers a wake-up of two threads.
+A step after a pause is sent at once, so that an engine with steps longer than this is never held up."""
 CLOCK_JUMP_S = 2.0
 """A tick this late means that this process stood still (SIGSTOP, a suspended host), not that its frontends did."""
 
@@ -51,6 +55,8 @@ class WorkerService:
         self._timer = self._loop.call_later(TICK_S, self._tick)
         self.malformed = 0
         self._load_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._sent = 0.0
         self.requests_total = 0
 
     @property
@@ -97,14 +103,15 @@ class WorkerService:
         if self._served is None:
             return
         log.error("the engine died: %s", reason)
+        self._send_due(held_back=True)
         for running in self._served.all_failed():
             self._send(running.connection, encode(Refused(running.rid, running.attempt, "engine", reason[:500])))
         self._served = None
 
     def close(self) -> None:
-        self._timer.cancel()
-        if self._load_timer is not None:
-            self._load_timer.cancel()
+        for timer in (self._timer, self._load_timer, self._send_timer):
+            if timer is not None:
+                timer.cancel()
         self._router.close()
         self._events.close()
 
@@ -202,11 +209,28 @@ class WorkerService:
     # Steps out.
 
     def on_step(self, step: base.Step) -> None:
-        """One engine step: one message a frontend."""
+        """One engine step: sent at once if it ends what runs or the last one was sent a while ago, else soon."""
         served = self._served
         if served is None or not step.outputs:
             return
-        for connection, rows in served.outputs(step.outputs, encode_logprobs).items():
+        served.outputs(step.outputs)
+        if monotonic() - self._sent >= STEPS_S or not served.generating:
+            self._send_due()
+        elif self._send_timer is None:
+            self._send_timer = self._loop.call_later(STEPS_S, self._send_late)
+
+    def _send_late(self) -> None:
+        self._send_timer = None
+        if self._served is not None and self._served.due:
+            self._send_due()
+
+    def _send_due(self, held_back: bool = False) -> None:
+        """One message a frontend."""
+        served = self._served
+        if served is None:
+            return
+        self._sent = monotonic()
+        for connection, rows in served.take(encode_logprobs, held_back).items():
             self._send(connection, encode_tokens(self._epoch, rows))
         if self._was_busy and not served.running:
             self._publish_load_soon()
@@ -225,8 +249,7 @@ class WorkerService:
         late, self._ticked = now - self._ticked > CLOCK_JUMP_S, now
         if self._served is None:
             return
-        for connection, rows in self._served.held().items():
-            self._send(connection, encode_tokens(self._epoch, rows))
+        self._send_due(held_back=True)
         self._heartbeat(self._served)
         self._publish_load()
         if not late:

@@ -8,6 +8,8 @@ through one frontend, has a layout of its own: see :func:`encode_tokens`.
 from __future__ import annotations
 
 import struct
+import sys
+from array import array
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ from p2pdyn.wire.blobs import (
     encode_params,
 )
 from p2pdyn.wire.pack import unpack
-from p2pdyn.wire.requests import MAX_OPEN, Delta, Row, Tokens
+from p2pdyn.wire.requests import FINISHES, MAX_OPEN, Delta, Row, Tokens
 from p2pdyn.wire.schema import CONTROL, EVENTS, REGISTRY, REQUESTS
 from p2pdyn.wire.shape import WireError, field_shapes, record_shape
 
@@ -112,60 +114,65 @@ def _learn(cls: type) -> tuple[str, int, Any]:
     raise TypeError(f"{cls.__name__} is not a message: decorate it with @message")
 
 
-# Tokens. Almost every delta is one token and nothing else, so deltas travel as fixed records, whose types and ranges
-# hold by construction: rid u64, offset u32, token u32, attempt u8, and a flag. A set flag means that the rest of the
-# delta is the next of a second array, [[token, ...], finish, cached, logprobs]. The order of the deltas is kept.
+# Tokens: fixed records, whose types and ranges hold by construction, then the ids of all deltas in one column, and
+# logprobs, which few ask for, in another: nothing, or one item a delta. The order of the deltas is kept.
 _TOKENS_KIND: int = Tokens.KIND  # type: ignore[attr-defined]
 _EPOCH = struct.Struct("<Q")
-_DELTA = struct.Struct("<QIIBB")
-_check_tokens, _check_finish, _check_cached, _check_logprobs = (s.load for s in field_shapes(Delta)[3:])
+_RECORD = struct.Struct("<QIIHBB")  # rid, offset, cached, number of ids, attempt, finish
+_FINISH = {finish: code for code, finish in enumerate(FINISHES)}
+_check_logprobs = field_shapes(Delta)[-1].load
+_SWAP = sys.byteorder != "little"
 
 
 def encode_tokens(epoch: int, deltas: Sequence[Row]) -> bytes:
     """What ``encode(Tokens(epoch, deltas))`` gives; plain tuples spare the worker building a Delta for each."""
     if len(deltas) > MAX_OPEN:
         raise WireError(f"Tokens.deltas: more than {MAX_OPEN} items")
-    rest: list[tuple[Any, ...]] = []
-    pack = _DELTA.pack
+    ids: list[int] = []
+    pack, chances = _RECORD.pack, False
     try:
         records = [_EPOCH.pack(epoch)]
         add = records.append
         for rid, attempt, offset, tokens, finish, cached, logprobs in deltas:
-            if len(tokens) == 1 and not finish and not cached and not logprobs:
-                add(pack(rid, offset, tokens[0], attempt, 0))
-            else:
-                add(pack(rid, offset, 0, attempt, 1))
-                rest.append(_rest(tokens, finish, cached, logprobs))
-    except (struct.error, TypeError) as error:
+            add(pack(rid, offset, cached, len(tokens), attempt, _FINISH[finish]))
+            ids += tokens
+            if logprobs:
+                chances = True
+        column = array("I", ids)
+    except (struct.error, TypeError, KeyError, OverflowError) as error:
         raise WireError(f"Tokens: {error}") from None
-    return _sized(_VERSION + msgpack.packb((_TOKENS_KIND, b"".join(records), rest)), REQUESTS)
-
-
-def _rest(tokens: Any, finish: Any, cached: Any, logprobs: Any) -> tuple[Any, Any, Any, Any]:
-    return _check_tokens(tokens), _check_finish(finish), _check_cached(cached), _check_logprobs(logprobs)
+    if _SWAP:
+        column.byteswap()
+    rest = [_check_logprobs(delta[6]) for delta in deltas] if chances else ()
+    return _sized(_VERSION + msgpack.packb((_TOKENS_KIND, b"".join(records), column.tobytes(), rest)), REQUESTS)
 
 
 def _load_tokens(fields: tuple[Any, ...]) -> Tokens:
-    if len(fields) != 2 or type(fields[0]) is not bytes or type(fields[1]) is not tuple:
-        raise WireError("Tokens: not records and their rest")
-    block, rest = fields
-    count, odd = divmod(len(block) - _EPOCH.size, _DELTA.size)
-    if count < 0 or odd:
-        raise WireError("Tokens: not a whole number of records")
+    if len(fields) != 3 or [*map(type, fields)] != [bytes, bytes, tuple]:
+        raise WireError("Tokens: not records, ids and logprobs")
+    block, column, rest = fields
+    count, odd = divmod(len(block) - _EPOCH.size, _RECORD.size)
+    if count < 0 or odd or len(column) % 4 or len(rest) not in (0, count):
+        raise WireError("Tokens: not a whole number of records, ids or logprobs")
     if count > MAX_OPEN:
         raise WireError(f"Tokens.deltas: more than {MAX_OPEN} items")
+    numbers = array("I", column)
+    if _SWAP:
+        numbers.byteswap()
+    ids = tuple(numbers)
     deltas: list[Row] = []
-    add, more = deltas.append, iter(rest)
-    for rid, offset, token, attempt, flag in _DELTA.iter_unpack(memoryview(block)[_EPOCH.size :]):
-        if not flag:
-            add((rid, attempt, offset, (token,), "", 0, b""))
-            continue
-        extra = next(more, None)
-        if flag != 1 or token or type(extra) is not tuple or len(extra) != 4:
-            raise WireError("Tokens: records and their rest do not match")
-        add((rid, attempt, offset, *_rest(*extra)))
-    if next(more, None) is not None or len(rest) > len(deltas):
-        raise WireError("Tokens: records and their rest do not match")
+    add, start = deltas.append, 0
+    try:
+        for rid, offset, cached, size, attempt, finish in _RECORD.iter_unpack(memoryview(block)[_EPOCH.size :]):
+            end = start + size
+            add((rid, attempt, offset, ids[start:end], FINISHES[finish], cached, b""))
+            start = end
+    except IndexError:
+        raise WireError("Delta.finish: unknown") from None
+    if start != len(ids):
+        raise WireError("Tokens: records and their ids do not match")
+    if rest:
+        deltas = [(*delta[:6], _check_logprobs(logprobs)) for delta, logprobs in zip(deltas, rest, strict=True)]
     return Tokens(_EPOCH.unpack_from(block)[0], cast(tuple[Delta, ...], tuple(deltas)))
 
 

@@ -16,7 +16,8 @@ from p2pdyn.wire.schema import I64, REQUESTS, U8, U32, U64, Cap, IdStr, Name, Se
 MAX_PROMPT_BYTES = 16 * 2**20  # 4 Mi token ids
 CHUNK = 256 * 1024
 """Bytes. Bulk transfers (cards, snapshots) go in such chunks, one outstanding, so that tokens pass between them."""
-MAX_STEP_TOKENS = 65536
+MAX_STEP_TOKENS = 65535
+"""Of one request in one message: a u16."""
 MAX_OPEN = 65536
 
 
@@ -71,11 +72,15 @@ class Cancel:
     requests: Annotated[tuple[tuple[U64, U8], ...], Cap(MAX_OPEN)]
 
 
+FINISHES = ("", "stop", "length", "abort", "error")
+"""How a delta may end its request; "" goes on. On the wire, the index."""
+
+
 class Delta(NamedTuple):
-    """Tokens of one request from one engine step (a NamedTuple: it is built up to 200,000 times a second).
+    """Tokens of one request from one engine step, or a few (a NamedTuple: it is built up to 200,000 times a second).
 
     ``offset`` counts generated tokens, those of earlier attempts included; a hole means frames were lost.  ``finish``
-    is "" (goes on), stop, length, abort or error.  ``cached`` is the number of prompt tokens found in the prefix cache,
+    is one of :data:`FINISHES`.  ``cached`` is the number of prompt tokens found in the prefix cache,
     told with the first delta.  ``logprobs`` is empty or :func:`p2pdyn.wire.codec.encode_logprobs` of one entry a token.
     """
 
@@ -95,7 +100,7 @@ Row = tuple[int, int, int, tuple[int, ...], str, int, bytes]
 @message(REQUESTS, 5)
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """All deltas of one engine step for one frontend."""
+    """All deltas of one engine step, or of a millisecond of steps, for one frontend."""
 
     epoch: U64
     deltas: Annotated[tuple[Delta, ...], Cap(MAX_OPEN)]

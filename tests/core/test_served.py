@@ -33,20 +33,60 @@ def admit(served: Served, connection: bytes, message: Generate) -> Sequence:
     return sequence
 
 
+def step(served: Served, *outputs: Output) -> dict[bytes, list[Row]]:
+    served.outputs(outputs)
+    return served.take(lambda given: repr(given).encode())
+
+
 def test_outputs_go_back_to_their_connection_with_offsets() -> None:
     served = make()
     first = admit(served, ONE, generate(1))
     second = admit(served, TWO, generate(1, tokens=6))
-    step = [Output(first.key, (7,), cached=4), Output(second.key, (8,), "stop"), Output(99, (1,))]
-    assert served.outputs(step, repr) == {  # type: ignore[arg-type]
+    assert step(served, Output(first.key, (7,), cached=4), Output(second.key, (8,), "stop"), Output(99, (1,))) == {
         ONE: [(1, 0, 0, (7,), "", 4, b"")],
         TWO: [(1, 0, 2, (8,), "stop", 0, b"")],  # two tokens came from an earlier attempt
     }
     assert served.tokens == 2
     assert list(served.running) == [first.key]
     logprobs = ((-0.5, ()),)
-    (row,) = served.outputs([Output(first.key, (9,), logprobs=logprobs)], lambda given: repr(given).encode())[ONE]
+    (row,) = step(served, Output(first.key, (9,), logprobs=logprobs))[ONE]
     assert row[2:] == (1, (9,), "", 0, repr(logprobs).encode())
+
+
+def test_steps_between_two_takes_are_one_row_a_request() -> None:
+    served = make()
+    first, second = admit(served, ONE, generate(1)), admit(served, ONE, generate(2))
+    a, b = (-0.5, ()), (-0.25, ())
+    served.outputs([Output(first.key, (7,), cached=4, logprobs=(a,))])
+    served.outputs([Output(first.key, (8,), logprobs=(b,)), Output(second.key, (9,))])
+    assert served.due
+    assert step(served, Output(second.key, (10,), "length")) == {
+        ONE: [(1, 0, 0, (7, 8), "", 4, repr((a, b)).encode()), (2, 0, 0, (9, 10), "length", 0, b"")]
+    }
+    assert not served.due
+    assert step(served, Output(first.key, (11,))) == {ONE: [(1, 0, 2, (11,), "", 0, b"")]}
+
+
+def test_a_request_is_open_until_its_last_row_is_taken() -> None:
+    served = make()
+    sequence = admit(served, ONE, generate(1))
+    served.outputs([Output(sequence.key, (7,), "stop")])
+    assert list(served.connections[ONE].open) == [1]  # what a heartbeat names
+    assert served.generating == 0
+    assert served.take(repr) == {ONE: [(1, 0, 0, (7,), "stop", 0, b"")]}  # type: ignore[arg-type]
+    assert not served.connections[ONE].open
+    assert not served.running
+
+
+@pytest.mark.parametrize("finish", ["", "stop"])
+def test_what_was_not_taken_goes_with_a_cancel_and_with_the_connection(finish: str) -> None:
+    served = make()
+    first, second = admit(served, ONE, generate(1)), admit(served, TWO, generate(1))
+    served.outputs([Output(key, (7,), finish) for key in (first.key, second.key)])
+    assert served.cancel(ONE, [(1, 0)]) == [first.key]
+    assert served.gone(TWO) == [second.key]
+    assert served.take(lambda given: b"") == {}
+    assert served.generating == len(served.running) == 0
 
 
 @pytest.mark.parametrize(
@@ -100,7 +140,7 @@ def test_cancel_needs_the_connection_and_the_attempt() -> None:
     assert served.cancel(TWO, [(1, 1)]) == []
     assert served.cancel(ONE, [(1, 0), (2, 1)]) == []
     assert served.cancel(ONE, [(1, 1)]) == [sequence.key]
-    assert served.outputs([Output(sequence.key, (7,))], lambda given: b"") == {}
+    assert step(served, Output(sequence.key, (7,))) == {}
 
 
 def test_silent_and_closed_connections_lose_their_requests() -> None:
@@ -129,23 +169,31 @@ def test_tokens_of_a_whole_answer_are_held_between_the_first_and_the_last() -> N
     served = make()
     sequence = admit(served, ONE, replace(generate(1, tokens=6), whole=True))
 
-    def step(*tokens: int, finish: str = "") -> list[Row]:
-        return served.outputs([Output(sequence.key, tokens, finish)], lambda given: b"").get(ONE, [])
+    def rows(*tokens: int, finish: str = "") -> list[Row]:
+        return step(served, Output(sequence.key, tokens, finish)).get(ONE, [])
 
-    assert step(10) == [(1, 0, 2, (10,), "", 0, b"")]
-    assert step(11) == step(12) == []
-    assert served.held() == {ONE: [(1, 0, 3, (11, 12), "", 0, b"")]}
-    assert served.held() == {}
-    assert step(13) == []
-    assert step(14, finish="length") == [(1, 0, 5, (13, 14), "length", 0, b"")]
+    assert rows(10) == [(1, 0, 2, (10,), "", 0, b"")]
+    assert rows(11) == rows(12) == []
+    assert served.take(lambda given: b"", held_back=True) == {ONE: [(1, 0, 3, (11, 12), "", 0, b"")]}
+    assert served.take(lambda given: b"", held_back=True) == {}
+    assert rows(13) == []
+    assert rows(14, finish="length") == [(1, 0, 5, (13, 14), "length", 0, b"")]
     assert served.tokens == 5
     assert not served.running
 
 
-def test_what_is_held_goes_with_a_cancel() -> None:
+def test_a_whole_answer_that_is_done_before_its_first_take_is_one_row() -> None:
+    served = make()
+    sequence = admit(served, ONE, replace(generate(1), whole=True))
+    served.outputs([Output(sequence.key, (7,))])
+    assert step(served, Output(sequence.key, (8,), "stop")) == {ONE: [(1, 0, 0, (7, 8), "stop", 0, b"")]}
+    assert not served.due
+
+
+def test_what_is_held_back_goes_with_a_cancel() -> None:
     served = make()
     sequence = admit(served, ONE, replace(generate(1), whole=True))
     for token in (10, 11):
-        served.outputs([Output(sequence.key, (token,))], lambda given: b"")
+        step(served, Output(sequence.key, (token,)))
     served.cancel(ONE, [(1, 0)])
-    assert served.held() == {}
+    assert served.take(lambda given: b"", held_back=True) == {}

@@ -53,7 +53,10 @@ def value(annotation: Any) -> st.SearchStrategy[Any]:
 def record(cls: type) -> st.SearchStrategy[Any]:
     hints = get_type_hints(cls, include_extras=True)
     names = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else cls._fields  # type: ignore[attr-defined]
-    return st.builds(cls, **{name: value(hints[name]) for name in names})
+    fields = {name: value(hints[name]) for name in names}
+    if cls is requests.Delta:
+        fields["finish"] = st.sampled_from(requests.FINISHES)
+    return st.builds(cls, **fields)
 
 
 messages = st.sampled_from(registered()).flatmap(lambda known: st.tuples(st.just(known[0]), record(known[1])))

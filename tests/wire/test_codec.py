@@ -142,6 +142,7 @@ def test_a_sender_learns_of_its_own_mistake() -> None:
         Tokens(1, (Delta(1, 0, 0, (2**32,)),)),
         Tokens(1, (Delta(1, 0, 0, (1, 2**32)),)),
         Tokens(1, (Delta(1, 0, 0, (1,), "far too long"),)),
+        Tokens(1, (Delta(1, 0, 0, (1,) * 65536),)),
         Generate(1, 0, 1, "m", 1, b"x" * (16 * 2**20 + 1), b""),
         replace(LOAD, itl_ms=math.nan),
     ):
@@ -175,25 +176,38 @@ def test_deltas_of_every_form_keep_their_order() -> None:
     assert encode_tokens(5, [tuple(delta) for delta in deltas]) == data
 
 
+RECORD = b"\0" * 16 + b"\1\0" + b"\0" * 2  # rid 0, offset 0, nothing cached, one id, attempt 0, goes on
+TOKEN = b"\7\0\0\0"
+
+
+def test_token_records_are_as_documented() -> None:
+    assert decode("requests", raw(5, b"\0" * 8 + RECORD, TOKEN, [])) == Tokens(0, (Delta(0, 0, 0, (7,)),))
+    assert decode("requests", raw(5, b"\0" * 8 + RECORD, TOKEN, [b"x"])) == Tokens(
+        0, (Delta(0, 0, 0, (7,), "", 0, b"x"),)
+    )
+
+
 @pytest.mark.parametrize(
-    ("block", "rest"),
+    ("block", "ids", "logprobs"),
     [
-        (b"", []),
-        (b"\0" * 7, []),
-        (b"\0" * 25, []),
-        (b"\0" * 8, [[[], "", 0, b""]]),  # more rest than records
-        (b"\0" * 25 + b"\1", []),  # fewer
-        (b"\0" * 25 + b"\2", [[[], "", 0, b""]]),
-        (b"\0" * 25 + b"\1", [[[-1], "", 0, b""]]),
-        (b"\0" * 25 + b"\1", [[[], "", 0]]),
-        (b"\0" * 25 + b"\1", [7]),
-        ("\0" * 26, []),
-        (b"\0" * 26, {}),
+        (b"", b"", []),
+        (b"\0" * 7, b"", []),
+        (b"\0" * 8 + RECORD[1:], TOKEN, []),
+        (b"\0" * 8 + RECORD, b"", []),  # fewer ids than the records say
+        (b"\0" * 8 + RECORD, TOKEN * 2, []),  # more
+        (b"\0" * 8 + RECORD, TOKEN[1:], []),
+        (b"\0" * 8, b"", [b""]),  # more logprobs than records
+        (b"\0" * 8 + RECORD * 2, TOKEN * 2, [b"x"]),  # fewer
+        (b"\0" * 8 + RECORD, TOKEN, ["x"]),
+        (b"\0" * 8 + RECORD[:-1] + b"\5", TOKEN, []),  # no such finish
+        ("\0" * 8, b"", []),
+        (b"\0" * 8, [7], []),
+        (b"\0" * 8, b"", {}),
     ],
 )
-def test_malformed_token_records_are_refused(block: Any, rest: Any) -> None:
+def test_malformed_token_records_are_refused(block: Any, ids: Any, logprobs: Any) -> None:
     with pytest.raises(WireError):
-        decode("requests", raw(5, block, rest))
+        decode("requests", raw(5, block, ids, logprobs))
 
 
 def test_caps_count_items_and_bytes() -> None:
