@@ -256,7 +256,11 @@ class Node:
         except EngineError as error:
             raise StartError(str(error)) from None
         digest = ModelCard.unpack(info.card).digest
-        served = ServedModel(info.model, digest, fingerprint(info, digest), info.block_size, info.context)
+        served = ServedModel(
+            *(info.model, digest, fingerprint(info, digest), info.block_size, info.context),
+            ranks=info.ranks,
+            kv_events=info.kv_events,
+        )
         self.worker.serve(runner, info, [info.model], digest)
         self._tell(
             state=READY, progress=1.0, detail="", engine=info.engine, engine_version=info.version, models=(served,)

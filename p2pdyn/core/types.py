@@ -106,6 +106,8 @@ class ServedModel:
     fingerprint: str
     block_size: int
     context: int
+    ranks: int = 1
+    kv_events: bool = False
 
 
 @dataclass(frozen=True, slots=True)

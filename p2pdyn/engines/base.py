@@ -101,7 +101,8 @@ class EngineInfo:
     """What an engine is once loaded. ``features`` names what it honours beyond plain sampling (logprobs,
     prompt_logprobs, penalties, guided, min_p, seed, ...); the frontend answers 400 for the rest. ``card`` is the packed
     model card (:mod:`p2pdyn.text.card`). ``weights`` is any text that two workers of one model share exactly when they
-    compute the same; it enters the fingerprint by which workers are routed together."""
+    compute the same; it enters the fingerprint by which workers are routed together. ``ranks`` counts data-parallel
+    ranks; ``kv_events``: it reports every change of its prefix cache."""
 
     engine: str
     version: str
@@ -113,6 +114,8 @@ class EngineInfo:
     context: int
     features: tuple[str, ...] = ()
     weights: str = ""
+    ranks: int = 1
+    kv_events: bool = True
 
 
 class Engine(Protocol):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Container, Iterator
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from typing import Any
 
 import msgpack
@@ -190,7 +190,8 @@ def pack_info(info: EngineInfo) -> list[Any]:
 
 def unpack_info(content: list[Any]) -> EngineInfo:
     try:
-        _, engine, version, model, card, block_size, blocks, seqs, context, features, weights = content
-        return EngineInfo(engine, version, model, card, block_size, blocks, seqs, context, tuple(features), weights)
+        _, *plain = content
+        info = EngineInfo(*plain)
+        return replace(info, features=tuple(info.features))
     except (TypeError, ValueError) as error:
         raise FrameError("the engine's description has a wrong shape") from error

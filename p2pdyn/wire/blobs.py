@@ -22,6 +22,7 @@ from p2pdyn.wire.shape import Shape, WireError, field_shapes, shape
 
 DETAIL_MAX = 512
 PARAMS_MAX = 256 * 1024
+MAX_RANKS = 256
 MAX_DEPTH = 32
 """Of ``guided`` and ``extra``: JSON schemas in the field stay below 20."""
 
@@ -37,13 +38,15 @@ class _Model(NamedTuple):
     fingerprint: _Word
     block_size: U32
     context: U64
+    ranks: Annotated[int, Bound(1, MAX_RANKS)]
+    kv_events: bool
 
 
 _MODEL = field_shapes(_Model, "PeerInfo.models")
 
 
 def _dump_models(models: Any) -> Any:
-    rows = [(m.name, m.card, m.fingerprint, m.block_size, m.context) for m in models]
+    rows = [(m.name, m.card, m.fingerprint, m.block_size, m.context, m.ranks, m.kv_events) for m in models]
     return [[one.dump(value) for one, value in zip(_MODEL, row, strict=True)] for row in rows]
 
 
