@@ -138,7 +138,7 @@ class Served:
             if output.cached:
                 running.cached = output.cached
             if output.logprobs:
-                running.logprobs += output.logprobs
+                running.logprobs = (*running.logprobs, *output.logprobs)
             if not running.waiting:
                 running.waiting = True
                 due.append(running)

@@ -1,9 +1,9 @@
 """One ZeroMQ socket on the event loop, driven from its file descriptor.
 
-The descriptor is edge-triggered, and any call on the socket may consume the edge: it says only "look at ZMQ_EVENTS".
-So whenever something was received or sent, ZMQ_EVENTS is read once more, one turn of the loop later; that one rule
-covers a drain that stopped at its bound, a send out of the receive callback and a message that came in between.  There
-is no coroutine and no future a message.
+The descriptor is edge-triggered, and any call on the socket may consume the edge: it says only "try to receive".  A
+receive that finds nothing has emptied libzmq's command pipe, so what comes later raises a new edge.  After a drain
+that stopped at its bound, and after each send, which may have consumed an edge, ZMQ_EVENTS is read once more, one turn
+of the loop later.  There is no coroutine and no future a message.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ Receive = Callable[[list[bytes]], None]
 
 # Plain integers: pyzmq's enum flags cost a microsecond for each `|` and `&`.
 DONTWAIT, MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
-EVENTS, RCVMORE, POLLIN = int(zmq.EVENTS), int(zmq.RCVMORE), int(zmq.POLLIN)
+EVENTS, POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 _GONE = (int(zmq.EAGAIN), int(zmq.EHOSTUNREACH))
 
 
 class Pump:
-    """Calls ``drain`` in the loop whenever ``socket`` may have input. ``drain`` is bounded and need not be complete."""
+    """Calls ``drain`` in the loop whenever ``socket`` may have input. It receives until there is nothing, or stops at a
+    bound and returns True, to be called again."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], drain: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], drain: Callable[[], bool]) -> None:
         self._loop = loop
         self._socket = socket
         self._drain = drain
@@ -44,19 +45,25 @@ class Pump:
         self.wake()
 
     def wake(self) -> None:
-        """Look at ZMQ_EVENTS in the next turn of the loop: call after each use of the socket."""
+        """Look at ZMQ_EVENTS in the next turn of the loop: call after each send."""
         if not self._woken and self._fd is not None:
             self._woken = True
-            self._loop.call_soon(self._run)
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        self._woken = False
+        if self._fd is not None and int(self._socket.getsockopt(EVENTS)) & POLLIN:
+            self._run()
 
     def _run(self) -> None:
-        self._woken = False
-        if self._fd is None or not int(self._socket.getsockopt(EVENTS)) & POLLIN:
+        if self._fd is None:
             return
+        more = True
         try:
-            self._drain()
+            more = self._drain()
         finally:  # a callback that raises must not leave the rest unread
-            self.wake()
+            if more:
+                self.wake()
 
     def close(self) -> None:
         if self._fd is not None:
@@ -121,13 +128,13 @@ class Link:
             self._pump.close()
             self._socket.close(linger=0)
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
         try:
             until = monotonic() + BATCH_S
             for _ in range(BATCH):
                 message = read_message(self._socket)
                 if message is None:
-                    break
+                    return False
                 self._first, frames = message
                 if len(frames) <= MAX_FRAMES:
                     self._receive(frames)
@@ -137,6 +144,7 @@ class Link:
             self._first = None
             if self._batch_done is not None and not self._closed:
                 self._batch_done()
+        return True
 
 
 def read_message(socket: zmq.Socket[bytes]) -> tuple[zmq.Frame, list[bytes]] | None:
@@ -145,12 +153,12 @@ def read_message(socket: zmq.Socket[bytes]) -> tuple[zmq.Frame, list[bytes]] | N
     At most MAX_FRAMES + 1 frames: the rest is read and dropped.
     """
     try:
-        first = socket.recv(DONTWAIT, copy=False)
+        first = frame = socket.recv(DONTWAIT, copy=False)
     except zmq.Again:
         return None
     frames = [first.bytes]
-    while socket.getsockopt(RCVMORE):
-        frame = socket.recv(DONTWAIT)
+    while frame.more:  # asking the socket (RCVMORE) costs as much as receiving
+        frame = socket.recv(DONTWAIT, copy=False)
         if len(frames) <= MAX_FRAMES:
-            frames.append(frame)
+            frames.append(frame.bytes)
     return first, frames

@@ -74,11 +74,12 @@ class Monitor:
         self._socket.connect(name)
         self._pump = Pump(loop, self._socket, self._drain)
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
         for _ in range(BATCH):
             if self._socket.closed or (message := read_message(self._socket)) is None:
-                return
+                return False
             self._on_event(*_EVENT.unpack(message[1][0]))
+        return True
 
     def close(self) -> None:
         """Before the watched socket is closed."""

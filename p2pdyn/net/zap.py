@@ -33,12 +33,13 @@ class ZapHandler:
         self._socket.bind("inproc://zeromq.zap.01")
         self._pump = Pump(loop, self._socket, self._drain)
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
         for _ in range(BATCH):
             request = read_message(self._socket)
             if request is None:
-                return
+                return False
             self._socket.send_multipart(self._answer(request[1]), zmq.DONTWAIT)
+        return True
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         version, sequence, domain, address, _identity, mechanism, *credentials = [
