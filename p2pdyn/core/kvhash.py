@@ -9,6 +9,7 @@ where neither is used.  They choose a worker and no more: they are not collision
 from __future__ import annotations
 
 import struct
+from itertools import repeat
 
 from xxhash import xxh3_64_intdigest
 
@@ -29,10 +30,11 @@ def root_seed(lora: str = "", salt: str = "") -> int:
 def block_hashes(tokens: bytes, block_size: int, seed: int = HASH_SEED) -> list[int]:
     """The hash of each full block of ``tokens`` (little-endian u32 ids); ``seed`` is block 0's."""
     size = 4 * block_size
-    ends = range(size, len(tokens) + 1, size)
-    hashes = [xxh3_64_intdigest(tokens[end - size : end], HASH_SEED) for end in ends]
+    whole = memoryview(tokens)[: len(tokens) // size * size]
+    blocks = [block for (block,) in struct.iter_unpack(f"{size}s", whole)]  # in half the time of as many slices
+    hashes = list(map(xxh3_64_intdigest, blocks, repeat(HASH_SEED)))
     if hashes and seed != HASH_SEED:
-        hashes[0] = xxh3_64_intdigest(tokens[:size], seed)
+        hashes[0] = xxh3_64_intdigest(blocks[0], seed)
     return hashes
 
 
@@ -43,10 +45,7 @@ def sequence_hashes(tokens: bytes, block_size: int, seed: int = HASH_SEED) -> li
 
 def chain(parent: int | None, hashes: list[int]) -> list[int]:
     """Sequence hashes of consecutive blocks behind the sequence ``parent`` (None: they start one)."""
-    pack = _PAIR.pack
-    chained: list[int] = []
-    last = parent
-    for block in hashes:
-        last = block if last is None else xxh3_64_intdigest(pack(last, block), HASH_SEED)
-        chained.append(last)
-    return chained
+    if parent is None:
+        return [hashes[0], *chain(hashes[0], hashes[1:])] if hashes else []
+    pack, digest, last = _PAIR.pack, xxh3_64_intdigest, parent
+    return [last := digest(pack(last, block), HASH_SEED) for block in hashes]

@@ -57,11 +57,13 @@ class KvBatch:
 @message(EVENTS, 3)
 @dataclass(frozen=True, slots=True)
 class KvDigest:
-    """The state of a rank's cache as of batch ``seq``: how many (hash, tier) pairs, and the XOR over them."""
+    """The state of a rank's cache as of batch ``seq``: how many (hash, tier) pairs, and the XOR over them
+    (:func:`p2pdyn.wire.kvpack.combine`). ``number`` counts digests, so that one that comes twice proves nothing."""
 
     worker: IdStr
     epoch: U64
     rank: U8
     seq: U64
+    number: U64
     blocks: U32
     xor: U64

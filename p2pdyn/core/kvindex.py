@@ -1,0 +1,245 @@
+"""Which target holds which blocks: one flat map a tier, from sequence hash to an int used as a set of targets.
+
+A sequence hash names a whole prefix, so the longest prefix that each target holds is one walk over the prompt's hashes,
+ANDing.  A target is a bit, its ``slot``.  One that leaves is masked at once; its bits are swept in slices and its slot
+is given to another only afterwards.  The hot loops run inside map, accumulate and dict, at a fraction of Python's time.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import accumulate, compress, repeat
+from operator import and_, ne, neg, or_, xor
+
+from p2pdyn.wire.kvpack import DEVICE, TIERS
+
+MAX_BLOCKS = 2**24
+"""(hash, tier) entries of an index; at about 110 bytes each this is 2 GB."""
+
+MAX_SLOTS = 4096
+_SLICE = 4096
+_WALK = 64
+"""Blocks that a match looks up before it asks whether anybody is left; doubles as long as somebody is."""
+_MAX_SHARED = 65536
+
+
+@dataclass(slots=True)
+class Match:
+    """For each slot that holds the first block: how many leading blocks it holds, in any tier. ``host`` and ``disk``
+    say how many of these are in no faster tier; slots with none are left out."""
+
+    blocks: dict[int, int] = field(default_factory=dict)
+    host: dict[int, int] = field(default_factory=dict)
+    disk: dict[int, int] = field(default_factory=dict)
+
+    def device(self, slot: int) -> int:
+        return self.blocks.get(slot, 0) - self.host.get(slot, 0) - self.disk.get(slot, 0)
+
+
+class KvIndex:
+    def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
+        self.live = 0
+        """Bit set of the slots in use."""
+        self._max_blocks = max_blocks
+        self._tiers: tuple[dict[int, int], ...] = tuple({} for _ in range(TIERS))
+        self._slots = 0
+        self._free: list[int] = []
+        self._dead = 0
+        self._sweeping = 0
+        self._todo: list[tuple[dict[int, int], list[int]]] = []
+        self._shared: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        """(hash, tier) entries, those still to be swept among them."""
+        return sum(map(len, self._tiers))
+
+    def room(self) -> int:
+        """Entries that may still be added."""
+        return self._max_blocks - len(self)
+
+    # Targets
+
+    def add(self) -> int:
+        """A slot for a new target. With :data:`MAX_SLOTS` taken it first sweeps those that left; OverflowError."""
+        if not self._free and self._slots == MAX_SLOTS:
+            while not self.sweep():
+                pass
+            if not self._free:
+                raise OverflowError(f"more than {MAX_SLOTS} routing targets")
+        if self._free:
+            slot = self._free.pop()
+        else:
+            slot = self._slots
+            self._slots += 1
+        self.live |= 1 << slot
+        return slot
+
+    def drop(self, slot: int) -> None:
+        """The target left: none of its blocks is found any more. Idempotent."""
+        bit = 1 << slot
+        if self.live & bit:
+            self.live &= ~bit
+            self._dead |= bit
+
+    def sweep(self, budget: int = _SLICE) -> bool:
+        """Look at up to ``budget`` entries for targets that left. True when none is left to do."""
+        if not self._sweeping:
+            if not self._dead:
+                return True
+            self._sweeping = self._dead
+            self._todo = [(tier, list(tier)) for tier in self._tiers if tier]
+        while self._todo and budget > 0:
+            tier, keys = self._todo[-1]
+            part = keys[-budget:]
+            del keys[-budget:]
+            budget -= len(part)
+            self._clean(tier, part)
+            if not keys:
+                self._todo.pop()
+        if self._todo:
+            return False
+        self._free += _slots_of(self._sweeping)
+        self._dead &= ~self._sweeping
+        self._sweeping = 0
+        self._shared.clear()
+        return not self._dead
+
+    def _clean(self, tier: dict[int, int], keys: list[int]) -> None:
+        mask = self._sweeping
+        for key, held in zip(keys, map(tier.get, keys, repeat(0)), strict=True):
+            if held & mask:
+                if left := held & ~mask:
+                    tier[key] = self._share(left)
+                else:
+                    del tier[key]
+
+    def _share(self, held: int) -> int:
+        """One object for equal sets: 28 bytes and more, for which 8 then serve."""
+        if len(self._shared) > _MAX_SHARED:
+            self._shared.clear()
+        return self._shared.setdefault(held, held)
+
+    # Blocks
+
+    def store(self, slot: int, tier: int, hashes: array[int]) -> tuple[int, int]:
+        """``slot`` holds ``hashes`` in ``tier``. How many of them it did not before, and the XOR of these."""
+        return self._change(self._store, slot, tier, hashes)
+
+    def remove(self, slot: int, tier: int, hashes: array[int]) -> tuple[int, int]:
+        """``slot`` no longer holds ``hashes`` in ``tier``. How many of them it did, and the XOR of these."""
+        return self._change(self._remove, slot, tier, hashes)
+
+    def held(self, slot: int) -> set[tuple[int, int]]:
+        """Each (hash, tier) of a live target, by a walk over everything: for tests and reports."""
+        bit = 1 << slot & self.live
+        return {(key, number) for number, tier in enumerate(self._tiers) for key, held in tier.items() if held & bit}
+
+    def _change(self, change: Change, slot: int, tier: int, hashes: array[int]) -> tuple[int, int]:
+        bit = 1 << slot
+        if not bit & self.live:
+            return 0, 0
+        count = total = 0
+        for at in range(0, len(hashes), _SLICE):
+            more, theirs = change(self._tiers[tier], self._share(bit), hashes[at : at + _SLICE].tolist())
+            count += more
+            total ^= theirs
+        return count, total
+
+    def _store(self, tier: dict[int, int], bit: int, keys: list[int]) -> tuple[int, int]:
+        before = list(map(tier.get, keys, repeat(0)))
+        news = not any(before)
+        after = [] if news else list(map(self._share, map(or_, before, repeat(bit))))
+        entries = dict.fromkeys(keys, bit) if news else dict(zip(keys, after, strict=True))
+        if len(entries) < len(keys):  # a key is there twice
+            return self._store(tier, bit, list(entries))
+        tier.update(entries)
+        if not news:
+            keys = list(compress(keys, map(ne, before, after)))
+        return len(keys), reduce(xor, keys, 0)
+
+    def _remove(self, tier: dict[int, int], bit: int, keys: list[int]) -> tuple[int, int]:
+        gone = []
+        for key in keys:
+            held = tier.get(key, 0)
+            if held == bit:
+                del tier[key]
+            elif held & bit:
+                tier[key] = self._share(held ^ bit)
+            else:
+                continue
+            gone.append(key)
+        return len(gone), reduce(xor, gone, 0)
+
+    # Prompts
+
+    def match(self, hashes: list[int], candidates: int) -> Match:
+        """How many leading blocks of a prompt (its sequence hashes) each target in the bit set ``candidates`` holds."""
+        found = Match()
+        standing = candidates & self.live
+        tiers = [tier for tier in self._tiers if tier]
+        many = len(tiers) > 1 or not self._tiers[DEVICE]
+        course: list[int] = []
+        at, step = 0, _WALK
+        while standing and tiers and at < len(hashes):
+            part = hashes[at : at + step]
+            held: Iterable[int] = map(tiers[0].get, part, repeat(0))
+            for tier in tiers[1:]:
+                held = map(or_, held, map(tier.get, part, repeat(0)))
+            masks = list(accumulate(held, and_, initial=standing))
+            lost = 0
+            while standing != masks[-1]:  # a subset is a smaller number, so that the next change is found by bisection
+                lost = bisect_right(masks, -standing, lost, key=neg)
+                if at + lost > 1:
+                    found.blocks.update(dict.fromkeys(_slots_of(standing ^ masks[lost]), at + lost - 1))
+                standing = masks[lost]
+            if many:
+                course += masks[1:]
+            at += len(part)
+            step *= 2
+        if tiers and at:
+            found.blocks.update(dict.fromkeys(_slots_of(standing), at))
+        if many:
+            self._slower(hashes, course, found)
+        return found
+
+    def _slower(self, hashes: list[int], course: list[int], found: Match) -> None:
+        """Count the blocks that are in host or disk only. ``course`` says who still holds the prefix at each block."""
+        device, host, _ = self._tiers
+        counts: tuple[list[int], list[int]] = [], []
+        for key, standing in zip(hashes, course, strict=False):
+            slow = standing & ~device.get(key, 0)
+            if slow:
+                in_host = slow & host.get(key, 0)
+                _count(counts[0], in_host)
+                _count(counts[1], slow ^ in_host)
+        for slot in found.blocks:
+            for planes, into in zip(counts, (found.host, found.disk), strict=True):
+                if many := sum((plane >> slot & 1) << power for power, plane in enumerate(planes)):
+                    into[slot] = many
+
+
+Change = Callable[[dict[int, int], int, list[int]], tuple[int, int]]
+
+
+def _count(planes: list[int], mask: int) -> None:
+    """Add one to the counter of each slot in ``mask``: ``planes[i]`` holds bit i of every slot's counter."""
+    for power, plane in enumerate(planes):
+        if not mask:
+            return
+        planes[power] = plane ^ mask
+        mask &= plane
+    if mask:
+        planes.append(mask)
+
+
+def _slots_of(mask: int) -> list[int]:
+    slots = []
+    while mask:
+        low = mask & -mask
+        slots.append(low.bit_length() - 1)
+        mask ^= low
+    return slots

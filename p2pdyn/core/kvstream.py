@@ -1,0 +1,452 @@
+"""What a frontend believes of one routing target's KV cache, and how sure it is (docs/design/kv-events.md).
+
+A pure machine for each (worker, dp_rank): batches and digests go in, :class:`Fetch` comes out, ops go to the index.
+The rules:
+
+* A batch is applied only behind the one before it; a later one waits in a buffer while what is missing is fetched.
+* One fetch at a time. A replay repairs a hole; a snapshot begins anew, in a slot of its own, filled in slices while the
+  old blocks go on serving, and takes over when it is complete.
+* Only a digest that matches makes EXACT, and only for :data:`STALE_S`. One that differs makes DEGRADED.
+* What no honest worker sends (a number far ahead, ops that do not parse) costs a fetch and never an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from p2pdyn.core.kvindex import KvIndex
+from p2pdyn.wire.events import KvBatch, KvDigest
+from p2pdyn.wire.kvpack import (
+    CLEARED,
+    HASH_BYTES,
+    STORED,
+    TIERS,
+    Op,
+    combine,
+    unpack_ops,
+    unpack_replay,
+    unpack_snapshot,
+)
+from p2pdyn.wire.shape import WireError
+
+DIGEST_S = 1.0
+"""A worker's digest; two bound how long a stream may be wrong and call itself exact."""
+
+STALE_S = 2 * DIGEST_S
+FETCH_RETRY_S = 0.1
+FETCH_RETRY_MAX_S = 2.0
+"""Wait after a failed fetch, doubling: a busy worker is not asked more often."""
+
+FULL_RETRY_S = 60.0
+"""A target with more blocks than fit is asked for a snapshot this often."""
+
+MAX_BUFFER = 4096
+MAX_BUFFER_BYTES = 4_000_000
+"""Batches held while some are missing; those past it are fetched again."""
+
+MAX_BLOCKS = 2**22
+"""Blocks of one target."""
+
+SLICE = 8192
+"""Blocks of a snapshot applied at once: about 2 ms."""
+
+NEW, REPLAYING, EXACT, GAP, DEGRADED = "NEW", "REPLAYING", "EXACT", "GAP", "DEGRADED"
+
+REPLAY, SNAPSHOT = "kv-replay", "kv-snapshot"
+
+
+@dataclass(frozen=True, slots=True)
+class Up:
+    """The subscription stands: batches sent from now on will come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The worker is dead, left, or its link is down. Its blocks are found no more; nothing is fetched before Up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Answer to the fetch ``ticket``; ``data`` None: the worker does not keep it."""
+
+    ticket: int
+    data: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    """No answer will come to the fetch ``ticket``. Each fetch must end as this, as Fetched, or with Lost."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = KvBatch | KvDigest | Up | Lost | Fetched | FetchFailed | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Ask the worker for an object on its request link: ``what`` and ``key`` as in :class:`p2pdyn.wire.requests.Fetch`.
+    The answers to earlier tickets of this stream are of no use any more."""
+
+    ticket: int
+    what: str
+    key: str
+
+
+@dataclass(slots=True)
+class Counters:
+    """How often: a hole or silence was noticed; a digest differed; each kind of fetch was asked for; a fetch failed;
+    a batch or an answer did not parse. ``ignored`` batches were duplicates or of an earlier epoch."""
+
+    gaps: int = 0
+    degraded: int = 0
+    replays: int = 0
+    snapshots: int = 0
+    failed: int = 0
+    malformed: int = 0
+    ignored: int = 0
+
+
+@dataclass(slots=True)
+class _Base:
+    """A target's blocks in one slot, as of batch ``seq``. ``xors`` are a tier's each."""
+
+    slot: int
+    seq: int = 0
+    blocks: int = 0
+    xors: list[int] = field(default_factory=lambda: [0] * TIERS)
+
+
+class KvStream:
+    """``state`` and ``why`` (a sentence, empty when EXACT) are as of the last :meth:`handle`.
+
+    The caller carries out each :class:`Fetch` and calls ``handle(Tick(), now)`` at :meth:`next_deadline`.
+    """
+
+    def __init__(self, index: KvIndex, rank: int, *, max_blocks: int = MAX_BLOCKS) -> None:
+        self.state = NEW
+        self.why = ""
+        self.epoch = 0
+        self.counters = Counters()
+        self._index = index
+        self._rank = rank
+        self._max_blocks = max_blocks
+        self._tickets = 0
+        self._up = False
+        self._base: _Base | None = None
+        self._filling: _Base | None = None
+        self._reset()
+        self._judge(0.0)
+
+    def _reset(self) -> None:
+        """Forget all that holds for one epoch on one connection."""
+        for base in (self._base, self._filling):
+            if base is not None:
+                self._index.drop(base.slot)
+        self._base = self._filling = None
+        self._rest: Iterator[Op] = iter(())  # of the snapshot that fills self._filling
+        self._top = 0  # the highest seq known to exist
+        self._number = 0  # the last digest's
+        self._buffer: dict[int, bytes] = {}
+        self._buffered = 0
+        self._open: Fetch | None = None
+        self._retry_at = 0.0
+        self._delay = FETCH_RETRY_S
+        self._proved = False
+        self._heard = 0.0  # when a digest last matched or a repair was complete
+        self._wrong = ""
+        self._full = ""
+        self._full_at = 0.0
+
+    @property
+    def seq(self) -> int:
+        """The last batch applied; 0 while there is no snapshot."""
+        return self._base.seq if self._base else 0
+
+    @property
+    def blocks(self) -> int:
+        """(hash, tier) pairs in the index for this target."""
+        return self._base.blocks if self._base else 0
+
+    @property
+    def slot(self) -> int | None:
+        """The target's in the index, None while it has none. A snapshot, a cleared cache or an epoch changes it."""
+        return self._base.slot if self._base else None
+
+    def handle(self, event: Event, now: float) -> list[Fetch]:
+        """Take one event. Raises nothing, whatever a peer sent."""
+        match event:
+            case KvBatch():
+                if self._up and self._is_current(event.epoch):
+                    self._on_batch(event)
+            case KvDigest():
+                if self._up and self._is_current(event.epoch) and event.number > self._number:
+                    self._number = event.number
+                    self._on_digest(event, now)
+            case Fetched():
+                if self._open and event.ticket == self._open.ticket:
+                    self._on_answer(self._open, event.data, now)
+            case FetchFailed():
+                if self._open and event.ticket == self._open.ticket:
+                    self._fail(now)
+            case Up():
+                self._up = True
+            case Lost():
+                self._up, self.epoch = False, 0
+                self._reset()
+            case Tick():
+                pass
+        self._fill(now)
+        self._drain(now)
+        fetches = self._ask(now)
+        self._judge(now)
+        return fetches
+
+    def next_deadline(self) -> float | None:
+        """In the past while a snapshot or a replay is being applied."""
+        if self._filling or self._can_drain():
+            return 0.0
+        due = []
+        if self._needed() and not self._open:
+            due.append(self._retry_at)
+        if self.state in (EXACT, REPLAYING):
+            due.append(self._heard + STALE_S)
+        return min(due, default=None)
+
+    # What the worker publishes
+
+    def _is_current(self, epoch: int) -> bool:
+        """False for an earlier epoch. A later one begins anew: the blocks of the one before leave."""
+        if epoch < self.epoch:
+            self.counters.ignored += 1
+            return False
+        if epoch > self.epoch:
+            if self.epoch:
+                self._reset()
+            self.epoch = epoch
+        return True
+
+    def _on_batch(self, batch: KvBatch) -> None:
+        base = self._base
+        if base and batch.seq <= base.seq:
+            self.counters.ignored += 1
+            return
+        self._top = max(self._top, batch.seq)
+        if base and batch.seq == base.seq + 1 and not self._filling:
+            self._apply(base, batch.ops)
+        elif (
+            batch.seq not in self._buffer
+            and len(self._buffer) < MAX_BUFFER
+            and self._buffered + len(batch.ops) <= MAX_BUFFER_BYTES
+        ):
+            self._hold(batch.seq, batch.ops)
+
+    def _on_digest(self, digest: KvDigest, now: float) -> None:
+        base = self._base
+        if base is None or digest.seq > base.seq:
+            self._top = max(self._top, digest.seq)
+        elif digest.seq < base.seq:  # overtaken by a replay, or we were sent what the worker never did
+            if now >= self._heard + STALE_S:
+                self._wrong = "the worker is behind what it published"
+        elif (digest.blocks, digest.xor) == (base.blocks, combine(base.xors)):
+            self._wrong = self._full = ""
+            if not self._open and not self._filling:
+                self._proved, self._heard, self._delay = True, now, FETCH_RETRY_S
+        elif not self._full or now >= self._full_at:
+            self._wrong = f"its digest of {digest.blocks} blocks differs from that of the {base.blocks} known here"
+
+    # Blocks
+
+    def _apply(self, base: _Base, data: bytes) -> None:
+        """Apply batch ``base.seq + 1``, all or nothing."""
+        base.seq += 1
+        self._buffered -= len(self._buffer.pop(base.seq, b""))
+        try:
+            ops = unpack_ops(data)
+        except WireError as error:
+            self.counters.malformed += 1
+            self._wrong = f"batch {base.seq} was malformed ({error})"
+            return
+        for op in ops:
+            self._change(base, op)
+
+    def _change(self, base: _Base, op: Op) -> None:
+        kind, tier, hashes = op
+        if kind == CLEARED:
+            self._full = ""
+            if base.blocks:
+                self._index.drop(base.slot)
+                base.slot, base.blocks, base.xors = self._index.add(), 0, [0] * TIERS
+        elif kind == STORED:
+            room = min(self._max_blocks - base.blocks, self._index.room())
+            if len(hashes) > room:
+                self._full = f"it holds more blocks than the {base.blocks} for which there is room"
+                hashes = hashes[: max(0, room)]
+            count, xor = self._index.store(base.slot, tier, hashes)
+            base.blocks += count
+            base.xors[tier] ^= xor
+        else:
+            count, xor = self._index.remove(base.slot, tier, hashes)
+            base.blocks -= count
+            base.xors[tier] ^= xor
+
+    def _hold(self, seq: int, ops: bytes) -> None:
+        self._buffered += len(ops) - len(self._buffer.get(seq, b""))
+        self._buffer[seq] = ops
+
+    def _can_drain(self) -> bool:
+        return self._base is not None and not self._filling and self._base.seq + 1 in self._buffer
+
+    def _drain(self, now: float) -> None:
+        """Apply a slice of what is buffered and next."""
+        if not self._can_drain():
+            return
+        base = self._base
+        assert base is not None
+        budget = SLICE * HASH_BYTES
+        while budget > 0 and (ops := self._buffer.get(base.seq + 1)) is not None:
+            budget -= len(ops)
+            self._apply(base, ops)
+        self._heard = now
+        self._trim(base)
+
+    def _trim(self, base: _Base) -> None:
+        """Let go of what is past, and of numbers too far ahead to be true."""
+        for seq in [seq for seq in self._buffer if not base.seq < seq <= base.seq + MAX_BUFFER]:
+            self._buffered -= len(self._buffer.pop(seq))
+
+    def _fill(self, now: float) -> None:
+        """Apply a slice of the snapshot; once it is whole, it takes over."""
+        base = self._filling
+        if base is None:
+            return
+        budget = SLICE
+        for op in self._rest:
+            self._change(base, op)
+            budget -= len(op.hashes)
+            if budget <= 0:
+                return
+        if self._base:
+            self._index.drop(self._base.slot)
+        self._base, self._filling = base, None
+        self._wrong, self._proved, self._heard = "", False, now
+        self._full_at = now + FULL_RETRY_S
+        self._trim(base)
+
+    # Fetches
+
+    def _needed(self) -> str:
+        """What has to be fetched if nothing is under way: a snapshot, a replay or, empty, nothing."""
+        if not self._up or self._filling or self._can_drain():
+            return ""
+        if self._base is None or self._wrong:
+            return SNAPSHOT
+        return REPLAY if self._top > self._base.seq else ""
+
+    def _ask(self, now: float) -> list[Fetch]:
+        what = self._needed()
+        if not what or self._open or now < self._retry_at:
+            return []
+        self._tickets += 1
+        if what == REPLAY:
+            self.counters.replays += 1
+            self._open = Fetch(self._tickets, what, f"{self._rank}:{self.epoch}:{self.seq + 1}")
+        else:
+            self.counters.snapshots += 1
+            self._open = Fetch(self._tickets, what, str(self._rank))
+            self._wait(now)  # until a digest matches: a worker that goes on sending nonsense is asked ever less
+        return [self._open]
+
+    def _wait(self, now: float) -> None:
+        self._retry_at = now + self._delay
+        self._delay = min(2 * self._delay, FETCH_RETRY_MAX_S)
+
+    def _fail(self, now: float) -> None:
+        self.counters.failed += 1
+        self._open = None
+        self._wait(now)
+
+    def _on_answer(self, fetch: Fetch, data: bytes | None, now: float) -> None:
+        try:
+            if fetch.what == SNAPSHOT:
+                self._on_snapshot(data, now)
+            else:
+                self._on_replay(data, now)
+        except WireError as error:
+            self.counters.malformed += 1
+            self._wrong = f"its answer was malformed ({error})"
+            self._fail(now)
+
+    def _on_snapshot(self, data: bytes | None, now: float) -> None:
+        if data is None:
+            self._fail(now)
+            return
+        snapshot = unpack_snapshot(data)
+        if not self._is_current(snapshot.epoch):
+            self._fail(now)
+            return
+        self._open = None
+        self._full = ""
+        self._filling = _Base(self._index.add(), snapshot.seq)
+        self._rest = _slices(snapshot.ops)
+        self._top = max(self._top, snapshot.seq)
+
+    def _on_replay(self, data: bytes | None, now: float) -> None:
+        """The worker's word up to its last batch: what is said to be behind that and is not here, is not."""
+        base = self._base
+        assert base is not None
+        replay = unpack_replay(data) if data is not None else None
+        if replay is None or replay.epoch != self.epoch or replay.first > base.seq + 1:
+            self._open = None
+            self._wrong = "the batches that are missing are no longer kept"
+            return
+        for seq, ops in enumerate(replay.batches, replay.first):
+            if seq > base.seq:
+                self._hold(seq, ops)
+        self._open = None
+        self._heard, self._proved = now, False
+        if not self._can_drain():
+            self._buffer.clear()
+            self._buffered = 0
+            self._wait(now)
+        self._trim(base)
+        self._top = max(self._buffer, default=base.seq)
+
+    # What it comes to
+
+    def _judge(self, now: float) -> None:
+        before = self.state
+        self.state, self.why = self._verdict(now)
+        if self.state != EXACT:
+            self._proved = False
+        if self.state != before:
+            self.counters.gaps += self.state == GAP
+            self.counters.degraded += self.state == DEGRADED
+
+    def _verdict(self, now: float) -> tuple[str, str]:
+        base = self._base
+        if not self._up:
+            return NEW, "its events are not connected"
+        if base is None:
+            return NEW, "its first snapshot has not come yet"
+        if self._top > base.seq:
+            return GAP, self._wrong or f"batches from {base.seq + 1} are missing, {self._top} is known to exist"
+        if self._wrong or self._full:
+            return DEGRADED, self._wrong or self._full
+        if now >= self._heard + STALE_S:
+            return GAP, f"no digest has matched for {STALE_S:g} s"
+        if self._proved:
+            return EXACT, ""
+        return REPLAYING, "no digest has confirmed the repair yet"
+
+
+def _slices(ops: list[Op]) -> Iterator[Op]:
+    for kind, tier, hashes in ops:
+        for at in range(0, len(hashes), SLICE):
+            yield Op(kind, tier, hashes[at : at + SLICE])

@@ -1,0 +1,149 @@
+"""The packed parts of the KV event protocol: ops, replays, snapshots (docs/design/kv-events.md).
+
+Block hashes are not msgpack: an op is a byte ``kind << 4 | tier``, a u32 count and that many u64, little-endian, so
+that a batch of 500 blocks is copied and not parsed.  Whatever a peer sends, :class:`WireError` or valid ops come out,
+and no more is allocated than a small multiple of the input.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from p2pdyn.wire.shape import WireError
+
+STORED, REMOVED, CLEARED = range(3)
+DEVICE, HOST, DISK = range(3)
+TIERS = 3
+MAX_RUNS = 4096
+"""Ops of one batch or snapshot: an op is a run of blocks with one fate, so that few are needed."""
+
+HASH_BYTES = 8
+OP_BYTES = 5
+_OP = struct.Struct("<BI")
+_LENGTH = struct.Struct("<I")
+_REPLAY = struct.Struct("<QQ")
+_SNAPSHOT = struct.Struct("<QQI")
+_SWAP = sys.byteorder == "big"
+
+
+class Op(NamedTuple):
+    """``hashes`` (sequence hashes, ``array('Q')``) were stored in or removed from ``tier``; or all tiers cleared."""
+
+    kind: int
+    tier: int
+    hashes: array[int]
+
+
+class Replay(NamedTuple):
+    """Consecutive batches' packed ops, the first of which is batch ``first``."""
+
+    epoch: int
+    first: int
+    batches: list[bytes]
+
+
+class Snapshot(NamedTuple):
+    """The whole live set as of batch ``seq``: stored ops only."""
+
+    epoch: int
+    seq: int
+    ops: list[Op]
+
+
+def pack_ops(ops: Iterable[Op]) -> bytes:
+    parts = []
+    for kind, tier, hashes in ops:
+        parts.append(_OP.pack(kind << 4 | tier, len(hashes)))
+        parts.append(_little(hashes).tobytes())
+    return b"".join(parts)
+
+
+def unpack_ops(data: bytes | memoryview) -> list[Op]:
+    """Raises WireError."""
+    view = memoryview(data)
+    ops: list[Op] = []
+    at, end = 0, len(view)
+    while at < end:
+        if end - at < OP_BYTES:
+            raise WireError("KV ops: truncated")
+        head, count = _OP.unpack_from(view, at)
+        kind, tier = head >> 4, head & 15
+        start = at + OP_BYTES
+        at = start + count * HASH_BYTES
+        if kind > CLEARED or tier >= TIERS or (kind == CLEARED and tier):
+            raise WireError("KV ops: unknown kind or tier")
+        if (count == 0) is not (kind == CLEARED) or at > end:
+            raise WireError("KV ops: a count that does not fit")
+        if len(ops) == MAX_RUNS:
+            raise WireError(f"KV ops: more than {MAX_RUNS}")
+        hashes = array("Q")
+        hashes.frombytes(view[start:at])
+        ops.append(Op(kind, tier, _little(hashes)))
+    return ops
+
+
+def pack_replay(epoch: int, first: int, batches: Iterable[bytes]) -> bytes:
+    """``batches`` are packed ops, consecutive from batch ``first``."""
+    parts = [_REPLAY.pack(epoch, first)]
+    for ops in batches:
+        parts += _LENGTH.pack(len(ops)), ops
+    return b"".join(parts)
+
+
+def unpack_replay(data: bytes) -> Replay:
+    """Raises WireError. The ops are not looked into."""
+    at, end = _REPLAY.size, len(data)
+    if end < at:
+        raise WireError("KV replay: truncated")
+    epoch, first = _REPLAY.unpack_from(data)
+    batches = []
+    while at < end:
+        if end - at < _LENGTH.size:
+            raise WireError("KV replay: truncated")
+        start = at + _LENGTH.size
+        at = start + _LENGTH.unpack_from(data, at)[0]
+        if at - start < OP_BYTES or at > end:
+            raise WireError("KV replay: a length that does not fit")
+        batches.append(data[start:at])
+    return Replay(epoch, first, batches)
+
+
+def pack_snapshot(epoch: int, seq: int, ops: list[Op]) -> bytes:
+    return _SNAPSHOT.pack(epoch, seq, len(ops)) + pack_ops(ops)
+
+
+def unpack_snapshot(data: bytes) -> Snapshot:
+    """Raises WireError."""
+    view = memoryview(data)
+    if len(view) < _SNAPSHOT.size:
+        raise WireError("KV snapshot: truncated")
+    epoch, seq, count = _SNAPSHOT.unpack_from(view)
+    ops = unpack_ops(view[_SNAPSHOT.size :])
+    if len(ops) != count or any(op.kind != STORED for op in ops):
+        raise WireError("KV snapshot: not as many stored ops as it says")
+    return Snapshot(epoch, seq, ops)
+
+
+def combine(xors: list[int]) -> int:
+    """``KvDigest.xor`` of the XOR over each tier's hashes: the tiers' are rotated by 0, 21 and 42 bits.
+
+    Rotation and not a constant: XORing a constant in cancels whenever an even number of blocks is in a wrong tier.
+    """
+    device, host, disk = xors
+    return device ^ _rotate(host, 21) ^ _rotate(disk, 42)
+
+
+def _rotate(value: int, bits: int) -> int:
+    return (value << bits | value >> (64 - bits)) & (2**64 - 1)
+
+
+def _little(hashes: array[int]) -> array[int]:
+    """Native order to little-endian or back: itself, except on a big-endian host."""
+    if _SWAP:
+        hashes = hashes[:]
+        hashes.byteswap()
+    return hashes
