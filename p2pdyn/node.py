@@ -43,7 +43,7 @@ from p2pdyn.net.seeds import Seeds
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker import WorkerService
 from p2pdyn.report import cluster_report, mesh_metrics
-from p2pdyn.text.card import ModelCard
+from p2pdyn.text.card import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,7 @@ class Node:
             raise ConfigError(str(error)) from None
         except EngineError as error:
             raise StartError(str(error)) from None
-        digest = ModelCard.unpack(info.card).digest
+        digest = await asyncio.to_thread(digest_of, info.card)
         served = ServedModel(
             *(info.model, digest, fingerprint(info, digest), info.block_size, info.context),
             ranks=info.ranks,

@@ -104,7 +104,7 @@ class InProcessRunner:
 
     async def start(self, progress: Progress) -> EngineInfo:
         loop = asyncio.get_running_loop()
-        engine = registry.create(self._module, self._options)
+        engine = await asyncio.to_thread(registry.create, self._module, self._options)  # it imports
 
         def report(fraction: float, what: str) -> None:
             loop.call_soon_threadsafe(progress, fraction, what)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from p2pdyn import __version__
 from p2pdyn.core.types import Load, SamplingParams
+from p2pdyn.engines import sim_model
 from p2pdyn.engines.base import (
     BlocksStored,
-    EngineError,
     EngineInfo,
     EngineOptions,
     Output,
@@ -35,10 +34,9 @@ from p2pdyn.engines.base import (
 from p2pdyn.engines.paged import PagedBlocks, hash_of
 from p2pdyn.engines.sim_args import SimArgs
 from p2pdyn.engines.sim_cache import KvPool
+from p2pdyn.engines.sim_model import FEATURES
 from p2pdyn.engines.sim_text import Careful, Row, Vocabulary, draw, odds
-from p2pdyn.text.card import CardError, byte_level, from_folder
 
-FEATURES = ("logprobs", "min_p", "min_tokens", "penalties", "seed", "top_k")
 U64 = 2**64 - 1
 
 
@@ -112,20 +110,13 @@ class SimEngine:
 
     def load(self, progress: Progress) -> EngineInfo:
         progress(0.0, "reading the tokenizer")
-        try:
-            card = from_folder(self._model, FEATURES) if self._model else byte_level(FEATURES)
-            self._vocabulary = Vocabulary.from_tokenizer(card.tokenizer_json)
-        except CardError as error:
-            raise EngineError(str(error)) from error
-        except ValueError as error:
-            raise EngineError(f"{error}: name another --model") from error
-        card = replace(card, context=self._context)
+        card, self._vocabulary = sim_model.read(self._model, self._context)
         progress(1.0, "ready")
         return EngineInfo(
             "sim",
             __version__,
             self._name,
-            card.pack(),
+            card,
             self.args.block_size,
             self.args.kv_blocks,
             self.args.max_num_seqs,
