@@ -1,0 +1,299 @@
+"""Which target takes a prompt.
+
+One decision is one :class:`~p2pdyn.core.router_cost.View` (what is cached where, what is queued where), a policy's cost
+for each target, and the lowest cost among the targets that may be chosen, ties at random.  What overrides the cost:
+
+1. A pin (``x-p2pdyn-pin``): only that worker's ranks may be chosen, saturated or not.
+2. Workers that just failed the request are left out; saturated ones are while any other is left.
+3. A session (``x-p2pdyn-session``): the target that rendezvous hashing names among those that may be chosen, unless it
+   costs :data:`SESSION_MARGIN_S` more than the best (policies that do not count in seconds: whatever it costs).  No
+   state is kept, so every frontend names the same one, and a death moves only the dead worker's sessions.
+
+:meth:`Router.explain` is the same code with the same draws: it tells what :meth:`Router.choose` would do now.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
+from statistics import median
+from typing import Any, Protocol
+
+from xxhash import xxh3_64_intdigest
+
+from p2pdyn.core.admission import DEFAULT_LIMITS, Limits, saturation
+from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, POLICIES, View
+from p2pdyn.core.router_predict import Predictions
+from p2pdyn.core.router_target import DEFAULT_TPS, Target
+from p2pdyn.core.types import NodeId
+
+SESSION_MARGIN_S = 2.0
+"""What staying together is worth; more waiting than this is worse than a second copy of the session's prefix."""
+
+FIRST_OUTPUT = 256.0
+"""Expected output tokens before any answer has ended."""
+KEEP_OUTPUT = 0.98
+"""Weight of the past at each answer: about the last fifty."""
+
+
+class Held(Protocol):
+    """What :class:`p2pdyn.core.kvindex.Match` has: slot -> leading blocks held in any tier, and how many of these are
+    in no faster tier than host or disk."""
+
+    blocks: dict[int, int]
+    host: dict[int, int]
+    disk: dict[int, int]
+
+
+class Index(Protocol):
+    """What :class:`p2pdyn.core.kvindex.KvIndex` does for the router; ``mask`` is a bit set of slots."""
+
+    def match(self, hashes: Sequence[int], mask: int) -> Held: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt of ``tokens`` token ids; ``hashes`` are the sequence hashes of its full blocks, empty if not known."""
+
+    tokens: int
+    hashes: Sequence[int] = ()
+    block_size: int = 16
+    pin: str = ""
+    session: str = ""
+    exclude: Collection[NodeId] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``cost`` is in the policy's unit; ``matched`` counts blocks that the target holds or is predicted to hold,
+    ``uncached`` prompt tokens that it has to compute."""
+
+    target: Target
+    matched: int
+    uncached: int
+    cost: float
+    ask: Ask
+    view: View
+    costs: list[float]
+    why: str
+    """cost, session, pin"""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A target as the decision saw it. ``cost`` is None where the policy did not consider it."""
+
+    id: NodeId
+    dp_rank: int
+    matched: int
+    active_prefill_blocks: int
+    decode_blocks: int
+    cost: float | None
+    state: str
+    """ready, saturated, excluded"""
+
+
+class Router:
+    """``policy`` is a key of :data:`~p2pdyn.core.router_cost.POLICIES` (KeyError); with ``limits`` None no target is ever
+    saturated. All randomness of the next decision is drawn beforehand, which is why it can be told."""
+
+    def __init__(
+        self,
+        policy: str,
+        rng: random.Random,
+        index: Index | None = None,
+        limits: Limits | None = DEFAULT_LIMITS,
+        predictions: Predictions | None = None,
+    ) -> None:
+        self.policy = policy
+        self.predictions = Predictions() if predictions is None else predictions
+        self._score = POLICIES[policy]
+        self._margin = SESSION_MARGIN_S if policy == "kv" else inf
+        self._rng = rng
+        self._index = index
+        self._limits = limits
+        self._turn = rng.randrange(1 << 16)
+        self._draws = (rng.random(), rng.random())
+        self._output = FIRST_OUTPUT
+        self._at: dict[Hashable, Target] = {}
+
+    # One decision.
+
+    def choose(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
+        """Where ``ask`` should go; None if nobody may take it. :meth:`sent` tells that it went there."""
+        decision = self._decide(ask, targets, now)
+        self._turn += 1
+        self._draws = (self._rng.random(), self._rng.random())
+        return decision
+
+    def explain(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
+        """What :meth:`choose` would answer now, without its being the next turn."""
+        return self._decide(ask, targets, now)
+
+    def saturated(self, targets: Sequence[Target], now: float) -> bool:
+        """Whether none of ``targets`` should get more now."""
+        limits = self._limits
+        return limits is not None and all(saturation(target, target.queue_s(now), limits) for target in targets)
+
+    def clear_s(self, targets: Sequence[Target], now: float) -> float:
+        """Seconds until the first of saturated ``targets`` has worked its prefill queue down to the limit."""
+        limit = self._limits.prefill_s if self._limits is not None else inf
+        return max(0.0, min((target.queue_s(now) - limit for target in targets), default=0.0))
+
+    def _decide(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
+        self._assume(targets)
+        queues = [target.queue_s(now) for target in targets]
+        allowed = self._allowed(ask, targets, queues)
+        if not allowed:
+            return None
+        matched, credit = self._held(ask, targets, now)
+        blocks = -(-ask.tokens // ask.block_size)
+        view = View(
+            ask.tokens, blocks, ask.block_size, targets, allowed, queues, matched, credit, now, self._output,
+            self._turn, self._draws,
+        )  # fmt: skip
+        costs = self._score(view)
+        best = min([costs[position] for position in allowed])
+        ties = [position for position in allowed if costs[position] == best]
+        chosen, why = ties[int(self._draws[0] * len(ties))], "pin" if ask.pin else "cost"
+        if ask.session and not ask.pin:
+            home = _rendezvous(ask.session, targets, allowed)
+            if costs[home] <= best + self._margin:
+                chosen, why = home, "session"
+        uncached = max(1, ask.tokens - int(credit[chosen] * ask.block_size))
+        return Decision(targets[chosen], matched[chosen], uncached, costs[chosen], ask, view, costs, why)
+
+    def _allowed(self, ask: Ask, targets: Sequence[Target], queues: list[float]) -> list[int]:
+        allowed = list(range(len(targets)))
+        if ask.pin:
+            allowed = [position for position in allowed if targets[position].worker == ask.pin]
+        if ask.exclude:
+            allowed = [position for position in allowed if targets[position].worker not in ask.exclude]
+        limits = self._limits
+        if limits is None or ask.pin:
+            return allowed
+        free = [position for position in allowed if not saturation(targets[position], queues[position], limits)]
+        return free or allowed
+
+    def _held(self, ask: Ask, targets: Sequence[Target], now: float) -> tuple[list[int], list[float]]:
+        """Leading blocks of the prompt at each target, and the same with slower tiers at their credit."""
+        matched = [0] * len(targets)
+        if not ask.hashes:
+            return matched, [0.0] * len(targets)
+        held: Held | None = None
+        if self._index is not None:
+            mask = 0
+            for target in targets:
+                if target.slot >= 0:
+                    mask |= 1 << target.slot
+            held = self._index.match(ask.hashes, mask)
+            get = held.blocks.get
+            matched = [get(target.slot, 0) for target in targets]
+        credit = [float(blocks) for blocks in matched]
+        if held is not None and (held.host or held.disk):
+            for position, target in enumerate(targets):
+                credit[position] -= (1 - HOST_CREDIT) * held.host.get(target.slot, 0)
+                credit[position] -= (1 - DISK_CREDIT) * held.disk.get(target.slot, 0)
+        predicted = self.predictions.match(ask.hashes, now)
+        if predicted:
+            for position, target in enumerate(targets):
+                more = predicted.get(target, 0) - matched[position]
+                if more > 0:
+                    matched[position] += more
+                    credit[position] += more
+        return matched, credit
+
+    def _assume(self, targets: Sequence[Target]) -> None:
+        """Give those whose speed is not known the median of the others'."""
+        speeds = [target.load.prefill_tps for target in targets]
+        if 0.0 in speeds:
+            known = [speed for speed in speeds if speed]
+            assumed = median(known) if known else DEFAULT_TPS
+            for target in targets:
+                target.assumed_tps = assumed
+
+    # What became of it.
+
+    def sent(self, key: Hashable, decision: Decision, now: float) -> None:
+        """The prompt has gone to the decision's target as ``key`` (a request's attempt)."""
+        target, ask = decision.target, decision.ask
+        self._at[key] = target
+        target.sent(key, decision.uncached, decision.view.blocks, now)
+        if ask.hashes:
+            self.predictions.add(key, target, ask.hashes, decision.matched, now)
+
+    def first_token(self, key: Hashable, now: float) -> None:
+        """Its prompt has been computed."""
+        target = self._at.get(key)
+        if target is not None:
+            target.first_token(key)
+            self.predictions.settled(key, now)
+
+    def finished(self, key: Hashable, now: float, output: int = 0) -> None:
+        """It has ended there, in whatever way, after ``output`` tokens; unknown keys are ignored."""
+        target = self._at.pop(key, None)
+        if target is None:
+            return
+        target.finished(key, now)
+        if output:
+            self._output = KEEP_OUTPUT * self._output + (1 - KEEP_OUTPUT) * output
+            self.predictions.settled(key, now)
+        else:
+            self.predictions.failed(key)
+
+    # Telling.
+
+    def candidates(self, decision: Decision) -> list[Candidate]:
+        """Every target as ``decision`` saw it; to be asked before anything else happens."""
+        view, limits = decision.view, self._limits
+        found = []
+        for position, target in enumerate(view.targets):
+            queue, cost = view.queues[position], decision.costs[position]
+            state = "excluded" if target.worker in decision.ask.exclude else "ready"
+            if state == "ready" and limits is not None and saturation(target, queue, limits):
+                state = "saturated"
+            found.append(
+                Candidate(
+                    target.worker,
+                    target.rank,
+                    view.matched[position],
+                    round(queue * target.tps / view.block_size),
+                    target.decode_blocks,
+                    cost if isfinite(cost) else None,
+                    state,
+                )
+            )
+        return found
+
+    def explanation(self, model: str, decision: Decision) -> dict[str, Any]:
+        """`p2pdyn explain --json`."""
+        rows = [{name: getattr(one, name) for name in Candidate.__slots__} for one in self.candidates(decision)]
+        return {
+            "model": model,
+            "prompt_blocks": decision.view.blocks,
+            "chosen": decision.target.worker,
+            "policy": self.policy,
+            "candidates": rows,
+        }
+
+    def line(self, decision: Decision) -> str:
+        """The same in one line, for the log."""
+        rows = ", ".join(
+            f"{one.id}/{one.dp_rank} {one.state} matched {one.matched} prefill {one.active_prefill_blocks} "
+            f"decode {one.decode_blocks} cost {'-' if one.cost is None else format(one.cost, '.4g')}"
+            for one in self.candidates(decision)
+        )
+        return f"{decision.view.blocks} blocks to {decision.target.worker} by {self.policy} ({decision.why}): {rows}"
+
+
+def _rendezvous(session: str, targets: Sequence[Target], allowed: Sequence[int]) -> int:
+    """Highest random weight (Thaler and Ravishankar 1998) over those that may be chosen."""
+    name = session.encode()
+
+    def weight(position: int) -> int:
+        target = targets[position]
+        return xxh3_64_intdigest(name, xxh3_64_intdigest(f"{target.worker}/{target.rank}".encode()))
+
+    return max(allowed, key=weight)

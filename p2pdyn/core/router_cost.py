@@ -1,0 +1,120 @@
+"""What sending a prompt to each target costs, by policy; the lowest wins (docs/design/routing.md).
+
+`kv` counts in seconds, so that unlike machines compare fairly:
+
+    queued prefill + MISS_WEIGHT * prefill of the uncached part + DECODE_WEIGHT * slowdown of its decode
+
+`kv-dynamo` is NVIDIA Dynamo's form, in blocks at weight 1, for comparison (lib/kv-router/src/scheduling/selector).  The
+other policies do not look at the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from p2pdyn.core.router_target import Target
+
+MISS_WEIGHT = 4.0
+"""A miss is paid again: the copy that it makes pushes others out, and later turns find the prefix twice."""
+DECODE_WEIGHT = 1.0
+"""A second of decode is a second of waiting; small by itself where prefill is the bottleneck."""
+REQUEST_S = 0.001
+"""For each open request: decides between workers that are otherwise equal, and no more than that."""
+
+HOST_CREDIT = 0.75
+DISK_CREDIT = 0.25
+"""What a block in a slower tier saves, against one on the device; Dynamo's."""
+
+
+@dataclass(slots=True)
+class View:
+    """One prompt and all targets at one moment; lists run parallel to ``targets``."""
+
+    tokens: int
+    blocks: int
+    block_size: int
+    targets: Sequence[Target]
+    allowed: Sequence[int]
+    """Positions that may be chosen."""
+    queues: list[float]
+    """Seconds of prefill queued."""
+    matched: list[int]
+    """Leading blocks held in any tier, or predicted to be."""
+    credit: list[float]
+    """The same in blocks, those in slower tiers at their credit."""
+    now: float
+    output: float
+    """Tokens that an answer is expected to have."""
+    turn: int
+    draws: tuple[float, float]
+    """Uniform in [0, 1): all the randomness of this decision."""
+
+
+Scorer = Callable[[View], list[float]]
+
+
+def kv(view: View) -> list[float]:
+    """Seconds."""
+    tokens, size, blocks, output = view.tokens, view.block_size, view.blocks, view.output
+    costs: list[float] = []
+    for target, queue, credit in zip(view.targets, view.queues, view.credit, strict=True):
+        load = target.load
+        cost = queue + MISS_WEIGHT * max(0.0, tokens - credit * size) / (load.prefill_tps or target.assumed_tps)
+        if load.itl_per_block_ms:
+            cost += DECODE_WEIGHT * load.itl_per_block_ms * 1e-3 * (target.decode_blocks + blocks) * output
+        costs.append(cost + REQUEST_S * target.requests)
+    return costs
+
+
+def kv_dynamo(view: View) -> list[float]:
+    """Blocks: prefill outstanding with this prompt, less what is cached, and decode blocks. Dynamo's queue does not
+    drain before a first token, so what we have outstanding counts whole."""
+    return [
+        max(0.0, (max(target.my_pending, queue * target.tps) + view.tokens) / view.block_size - credit)
+        + target.decode_blocks
+        + view.blocks
+        for target, queue, credit in zip(view.targets, view.queues, view.credit, strict=True)
+    ]
+
+
+def least_loaded(view: View) -> list[float]:
+    """Open requests."""
+    return [float(target.requests) for target in view.targets]
+
+
+def round_robin(view: View) -> list[float]:
+    """Turns to wait, in the order of worker and rank."""
+    order = sorted(view.allowed, key=lambda position: (view.targets[position].worker, view.targets[position].rank))
+    costs = [inf] * len(view.targets)
+    for turn, position in enumerate(order):
+        costs[position] = float((turn - view.turn) % len(order))
+    return costs
+
+
+def uniform(view: View) -> list[float]:
+    """All equal."""
+    return [0.0] * len(view.targets)
+
+
+def power_of_two(view: View) -> list[float]:
+    """Open requests, of two drawn at random (Mitzenmacher 2001); the others are out."""
+    allowed, (one, other) = view.allowed, view.draws
+    first = int(one * len(allowed))
+    drawn = {first, (first + 1 + int(other * (len(allowed) - 1))) % len(allowed)}
+    costs = [inf] * len(view.targets)
+    for position in (allowed[index] for index in drawn):
+        costs[position] = float(view.targets[position].requests)
+    return costs
+
+
+POLICIES: dict[str, Scorer] = {
+    "kv": kv,
+    "kv-dynamo": kv_dynamo,
+    "round-robin": round_robin,
+    "random": uniform,
+    "least-loaded": least_loaded,
+    "power-of-two": power_of_two,
+}
+DEFAULT_POLICY = "kv"
