@@ -10,6 +10,7 @@ import asyncio
 import errno
 import ipaddress
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import zmq
 
@@ -29,6 +30,20 @@ MAX_SOCKETS = 16_384
 PING_S = 2.0
 """ZMTP heartbeats only clear away half-open connections; liveness is decided by the messages on top."""
 BACKLOG = 512
+
+
+@dataclass(frozen=True, slots=True)
+class IpcAddress(Address):
+    """A Unix socket of this host: ``host`` is its path. Only to connect to."""
+
+    port: int = 0
+
+    def __str__(self) -> str:
+        return self.endpoint
+
+    @property
+    def endpoint(self) -> str:
+        return f"ipc://{self.host}"
 
 
 class Sockets:
@@ -72,12 +87,15 @@ class Sockets:
         on_up: Callable[[], None] | None = None,
         on_down: Callable[[str], None] | None = None,
         ping_s: float = PING_S,
+        high_water: int = HIGH_WATER,
+        plain: bool = False,
     ) -> Link:
         """Connect a DEALER. ``send`` gives False until ``on_up``, and what is queued when the connection breaks is
         dropped. ``on_down`` tells, in a sentence, that it broke, or once that it cannot be made; the link goes on
-        trying until it is closed. Raises ValueError for an address that is no IP literal."""
-        socket = self._socket(zmq.DEALER, max_size, HIGH_WATER, ping_s)
-        return self._connected(socket, address, receive, batch_done, on_up, on_down)
+        trying until it is closed. ``plain``: without the cluster key, for what is not ours. Raises ValueError for an
+        address that is no IP literal."""
+        socket = self._socket(zmq.DEALER, max_size, high_water, ping_s)
+        return self._connected(socket, address, receive, batch_done, on_up, on_down, plain)
 
     def xpub(
         self, addresses: Sequence[Address], *, max_size: int, on_subscribe: Callable[[bytes, bool], None] | None = None
@@ -101,12 +119,13 @@ class Sockets:
         batch_done: Callable[[], None] | None = None,
         on_up: Callable[[], None] | None = None,
         on_down: Callable[[str], None] | None = None,
+        plain: bool = False,
     ) -> Link:
-        """Connect a SUB to an XPUB. Subscriptions are renewed with each connection."""
+        """Connect a SUB to an XPUB. Subscriptions are renewed with each connection. ``plain`` as in :meth:`dealer`."""
         socket = self._socket(zmq.SUB, max_size, EVENT_HIGH_WATER)
         for topic in topics:
             socket.subscribe(topic)
-        return self._connected(socket, address, receive, batch_done, on_up, on_down)
+        return self._connected(socket, address, receive, batch_done, on_up, on_down, plain)
 
     def close(self) -> None:
         """Close every link, then the context. Idempotent."""
@@ -181,6 +200,7 @@ class Sockets:
         batch_done: Callable[[], None] | None,
         on_up: Callable[[], None] | None,
         on_down: Callable[[str], None] | None,
+        plain: bool,
     ) -> Link:
         try:
             target = _literal(address)
@@ -195,7 +215,8 @@ class Sockets:
             (zmq.RECONNECT_IVL_MAX, 2000),
         ):
             socket.setsockopt(option, value)
-        dialer = Dialer(self._loop, socket, target, self.security.keys, self.complaints, on_up, on_down)
+        keys = () if plain else self.security.keys
+        dialer = Dialer(self._loop, socket, target, keys, self.complaints, on_up, on_down)
         return self._link(socket, (address,), receive, batch_done, dialer.close)
 
     def _link(
@@ -216,6 +237,8 @@ class Sockets:
 
 def _literal(address: Address) -> Address:
     """The address with an IP literal as host. Raises ValueError with a sentence for any other name."""
+    if isinstance(address, IpcAddress):
+        return address
     if address.host == "localhost":
         return Address("127.0.0.1", address.port)
     try:
