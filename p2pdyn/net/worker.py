@@ -15,6 +15,7 @@ from p2pdyn.core.served import Served
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
+from p2pdyn.net.kv_source import KvSource
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.wire.codec import WireError, decode, decode_params, encode, encode_logprobs, encode_tokens
 from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
@@ -44,6 +45,7 @@ class WorkerService:
         self._served: Served | None = None
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
+        self.kv: KvSource | None = None
         self._admitted: list[base.Sequence] = []
         self._aborted: list[int] = []
         self._admitting = False
@@ -73,6 +75,8 @@ class WorkerService:
         self._served = Served(self._epoch, models, info.context, max_open)
         self._runner = runner
         self._card = (card_digest, info.card)
+        if info.kv_events:
+            self.kv = KvSource(self._node, self._epoch, info.block_size, info.ranks, self._publish)
 
     def set_epoch(self, epoch: int) -> None:
         """Membership has raised this node's epoch above that of another life of its id. Frontends take that for a
@@ -80,6 +84,8 @@ class WorkerService:
         self._epoch = epoch
         if self._served is not None:
             self._served.epoch = epoch
+        if self.kv is not None:
+            self.kv.raise_epoch(epoch)
 
     @property
     def load(self) -> Load:
@@ -166,6 +172,8 @@ class WorkerService:
         if message.what == "card" and message.key == digest and digest:
             data = card[message.offset : message.offset + CHUNK]
             answer = Chunk(message.ticket, message.offset, len(card), data)
+        elif message.what != "card" and self.kv is not None:
+            answer = self.kv.answer(connection, message, self._loop.time())
         else:
             answer = Chunk(message.ticket, message.offset, -1, b"")
         self._send(connection, encode(answer))
@@ -211,6 +219,8 @@ class WorkerService:
     def on_step(self, step: base.Step) -> None:
         """One engine step: sent at once if it ends what runs or the last one was sent a while ago, else soon."""
         served = self._served
+        if step.kv and self.kv is not None:
+            self.kv.take(0, step.kv)
         if served is None or not step.outputs:
             return
         served.outputs(step.outputs)
@@ -234,6 +244,11 @@ class WorkerService:
             self._send(connection, encode_tokens(self._epoch, rows))
         if self._was_busy and not served.running:
             self._publish_load_soon()
+            if self.kv is not None:
+                self.kv.idle()
+
+    def _publish(self, topic: bytes, data: bytes) -> None:
+        self._events.send((topic, data))
 
     def _send(self, connection: bytes, data: bytes) -> None:
         if not self._router.send((connection, data)) and self._served is not None:
@@ -249,6 +264,8 @@ class WorkerService:
         late, self._ticked = now - self._ticked > CLOCK_JUMP_S, now
         if self._served is None:
             return
+        if self.kv is not None:
+            self.kv.tick(now)
         self._send_due(held_back=True)
         self._heartbeat(self._served)
         self._publish_load()

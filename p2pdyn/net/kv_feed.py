@@ -1,0 +1,145 @@
+"""The frontend's end of the KV streams: batches and digests in, fetches out, the index kept.
+
+docs/design/kv-events.md is the protocol; decisions are in :mod:`p2pdyn.core.kvstream`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from p2pdyn.core.kvindex import KvIndex
+from p2pdyn.core.kvstream import EXACT, Event, Fetch, Fetched, FetchFailed, KvStream, Lost, Tick, Up
+from p2pdyn.core.types import NodeId
+from p2pdyn.wire.events import KvBatch, KvDigest
+
+log = logging.getLogger(__name__)
+
+SWEEP = 16384
+"""Index entries looked at each tick for targets that left: a few milliseconds."""
+
+Key = tuple[NodeId, int]
+"""(worker, data-parallel rank)."""
+
+
+class Source(Protocol):
+    """A worker's link, as far as it matters here."""
+
+    worker: NodeId
+
+    async def fetch(self, what: str, key: str) -> bytes:
+        """Raises LookupError if the worker does not keep it, TimeoutError, ConnectionError."""
+
+
+class KvFeed:
+    """All streams of one frontend. ``on_slot(key, slot)`` tells where in the index a target's blocks are, None while
+    they are nowhere."""
+
+    def __init__(self, index: KvIndex, on_slot: Callable[[Key, int | None], None]) -> None:
+        self.index = index
+        self.streams: dict[Key, KvStream] = {}
+        self._on_slot = on_slot
+        self._loop = asyncio.get_running_loop()
+        self._sources: dict[NodeId, Source] = {}
+        self._queues: dict[NodeId, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slots: dict[Key, int | None] = {}
+        self._busy: set[Key] = set()
+        self._states: dict[Key, str] = {}
+
+    def up(self, source: Source, ranks: int) -> None:
+        """A worker's links stand; its batches have been coming since before."""
+        self._sources[source.worker] = source
+        self._queues[source.worker] = asyncio.Lock()
+        for rank in range(ranks):
+            key = (source.worker, rank)
+            if key not in self.streams:
+                self.streams[key] = KvStream(self.index, rank)
+            self._handle(key, Up())
+
+    def lost(self, worker: NodeId) -> None:
+        """The worker is dead or its link is down: its blocks leave at once."""
+        self._sources.pop(worker, None)
+        self._queues.pop(worker, None)
+        for key in [key for key in self.streams if key[0] == worker]:
+            self._handle(key, Lost())
+            del self.streams[key]
+            self._slots.pop(key, None)
+            self._states.pop(key, None)
+
+    def received(self, worker: NodeId, message: KvBatch | KvDigest) -> None:
+        """From the worker's event link."""
+        key = (worker, message.rank)
+        if key in self.streams and message.worker == worker:
+            self._handle(key, message)
+
+    def tick(self, now: float) -> None:
+        """Several times a second."""
+        for key, stream in list(self.streams.items()):
+            due = stream.next_deadline()
+            if due is not None and due <= now:
+                self._handle(key, Tick())
+        self.index.sweep(SWEEP)
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def of(self, worker: NodeId) -> Iterator[KvStream]:
+        """The streams of a worker, by rank."""
+        return (stream for (node, _), stream in sorted(self.streams.items()) if node == worker)
+
+    def _handle(self, key: Key, event: Event) -> None:
+        stream = self.streams[key]
+        for fetch in stream.handle(event, self._loop.time()):
+            self._start(key, fetch)
+        slot = stream.slot
+        if slot != self._slots.get(key):
+            self._slots[key] = slot
+            self._on_slot(key, slot)
+        if stream.state != self._states.get(key):
+            self._told(key, stream)
+        if stream.next_deadline() == 0.0 and key not in self._busy:
+            self._busy.add(key)
+            self._loop.call_soon(self._slice, key)
+
+    def _slice(self, key: Key) -> None:
+        """The next part of a snapshot or replay, with a turn of the loop between any two."""
+        self._busy.discard(key)
+        if key in self.streams:
+            self._handle(key, Tick())
+
+    def _told(self, key: Key, stream: KvStream) -> None:
+        was, self._states[key] = self._states.get(key), stream.state
+        why = f": {stream.why}" if stream.why else ""
+        level = logging.DEBUG if stream.state == EXACT or was is None else logging.INFO
+        log.log(level, "KV stream of worker %s rank %d is %s%s", *key, stream.state, why)
+
+    def _start(self, key: Key, fetch: Fetch) -> None:
+        source = self._sources.get(key[0])
+        if source is None:
+            self._loop.call_soon(self._answered, key, FetchFailed(fetch.ticket))
+            return
+        task = self._loop.create_task(self._fetch(key, source, self._queues[key[0]], fetch))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fetch(self, key: Key, source: Source, queue: asyncio.Lock, fetch: Fetch) -> None:
+        """One bulk object at a time from each worker, so that tokens pass between its chunks."""
+        answer: Fetched | FetchFailed
+        try:
+            async with queue:
+                answer = Fetched(fetch.ticket, await source.fetch(fetch.what, fetch.key))
+        except LookupError:
+            answer = Fetched(fetch.ticket, None)
+        except (ConnectionError, TimeoutError) as error:
+            log.debug("%s %s from worker %s: %s", fetch.what, fetch.key, key[0], error)
+            answer = FetchFailed(fetch.ticket)
+        if self._sources.get(key[0]) is source:
+            self._answered(key, answer)
+
+    def _answered(self, key: Key, answer: Fetched | FetchFailed) -> None:
+        if key in self.streams:
+            self._handle(key, answer)

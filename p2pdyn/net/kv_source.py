@@ -1,0 +1,95 @@
+"""The worker's end of the KV streams: journals to the event link, answers to fetches on the request link.
+
+docs/design/kv-events.md is the protocol; decisions are in :mod:`p2pdyn.core.kvjournal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from p2pdyn.core.kvjournal import KvJournal
+from p2pdyn.core.kvstream import DIGEST_S, REPLAY, SNAPSHOT
+from p2pdyn.core.types import NodeId
+from p2pdyn.engines.base import KvEvent
+from p2pdyn.wire.codec import encode
+from p2pdyn.wire.events import TOPIC_DIGEST, TOPIC_KV
+from p2pdyn.wire.requests import CHUNK, Chunk, Fetch
+
+CUT_S = 10.0
+"""An object that is being read in chunks is kept for the reader this long after its last chunk."""
+
+Key = tuple[bytes, str, str]
+
+
+class KvSource:
+    """One journal a data-parallel rank. ``publish(topic, message)`` sends to all that subscribe."""
+
+    def __init__(
+        self, node: NodeId, epoch: int, block_size: int, ranks: int, publish: Callable[[bytes, bytes], object]
+    ) -> None:
+        self.journals = [KvJournal(node, epoch, rank, block_size) for rank in range(ranks)]
+        self._publish = publish
+        self._digested = [0] * ranks
+        """The seq of each rank's last digest."""
+        self._next_digest = 0.0
+        self._cuts: dict[Key, tuple[float, bytes]] = {}
+        self.bytes = 0
+        """Published in all: batches and digests."""
+
+    def take(self, rank: int, events: Iterable[KvEvent]) -> None:
+        """What one engine step changed."""
+        for batch in self.journals[rank].take(events):
+            data = encode(batch)
+            self.bytes += len(data)
+            self._publish(TOPIC_KV, data)
+
+    def idle(self) -> None:
+        """The engine has run out of work: nothing more will show that the last batch was lost, but a digest."""
+        for journal in self.journals:
+            if self._digested[journal.rank] != journal.seq:
+                self._digest(journal)
+
+    def tick(self, now: float) -> None:
+        """Several times a second."""
+        if now >= self._next_digest:
+            self._next_digest = now + DIGEST_S
+            for journal in self.journals:
+                self._digest(journal)
+            for key in [key for key, (since, _) in self._cuts.items() if since < now - CUT_S]:
+                del self._cuts[key]
+
+    def raise_epoch(self, epoch: int) -> None:
+        """Membership gave this node a higher epoch: every stream begins anew."""
+        for journal in self.journals:
+            journal.raise_epoch(epoch)
+
+    def answer(self, connection: bytes, fetch: Fetch, now: float) -> Chunk:
+        """A part of a snapshot or replay: made at offset 0, and the same object until it has been read to its end."""
+        key = (connection, fetch.what, fetch.key.partition(":")[0])  # one of each kind and rank: bounded
+        data = self._cut(fetch) if fetch.offset == 0 else self._cuts.get(key, (0.0, None))[1]
+        if data is None:
+            return Chunk(fetch.ticket, fetch.offset, -1, b"")
+        end = fetch.offset + CHUNK
+        if end < len(data):
+            self._cuts[key] = (now, data)
+        else:
+            self._cuts.pop(key, None)
+        return Chunk(fetch.ticket, fetch.offset, len(data), data[fetch.offset : end])
+
+    def _cut(self, fetch: Fetch) -> bytes | None:
+        try:
+            rank, *rest = map(int, fetch.key.split(":"))
+            journal = self.journals[rank] if rank >= 0 else None
+        except (ValueError, IndexError):
+            return None
+        if journal is not None and fetch.what == SNAPSHOT and not rest:
+            return journal.snapshot()
+        if journal is not None and fetch.what == REPLAY and len(rest) == 2:
+            return journal.replay(*rest)
+        return None
+
+    def _digest(self, journal: KvJournal) -> None:
+        self._digested[journal.rank] = journal.seq
+        data = encode(journal.digest())
+        self.bytes += len(data)
+        self._publish(TOPIC_DIGEST, data)
