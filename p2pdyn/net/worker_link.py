@@ -1,4 +1,4 @@
-"""The frontend's end of one worker's links: one DEALER for requests, one SUB for load.
+"""The frontend's end of one worker's links: one DEALER for requests, one SUB for load and KV events.
 
 A link is *up* from the worker's Welcome, which proves identity and epoch, to the first sign of trouble; it is never
 reused after that, because a DEALER would deliver what it has queued for the dead worker to its successor.
@@ -15,7 +15,7 @@ from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.net.link import Link
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.wire.codec import WireError, decode, encode
-from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
+from p2pdyn.wire.events import TOPIC_DIGEST, TOPIC_KV, TOPIC_LOAD, KvBatch, KvDigest, LoadEvent
 from p2pdyn.wire.requests import Chunk, Fetch, Heartbeat, Hello, Refused, Tokens, Welcome
 from p2pdyn.wire.schema import EVENTS, REQUESTS
 
@@ -45,6 +45,7 @@ class WorkerLink:
         on_message: Callable[[WorkerLink, object], None],
         on_load: Callable[[NodeId, Load], None],
         batch_done: Callable[[], None],
+        on_kv: Callable[[NodeId, KvBatch | KvDigest], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.worker = worker
@@ -56,12 +57,14 @@ class WorkerLink:
         self._greeted = 0.0
         self._hello = encode(hello)
         self._closed = False
-        self._on_up, self._on_down, self._on_message, self._on_load = on_up, on_down, on_message, on_load
+        self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
+        self._on_load, self._on_kv = on_load, on_kv
         self._fetches: dict[int, asyncio.Future[Chunk]] = {}
         self._ticket = 0
         self._load_seq = 0
         self.malformed = 0
-        self._events: Link = sockets.sub(events, self._receive_event, (TOPIC_LOAD,), max_size=EVENT_MAX)
+        topics = (TOPIC_LOAD,) if on_kv is None else (TOPIC_LOAD, TOPIC_KV, TOPIC_DIGEST)
+        self._events: Link = sockets.sub(events, self._receive_event, topics, max_size=EVENT_MAX)
         self._requests: Link = sockets.dealer(
             requests,
             self._receive,
@@ -167,11 +170,17 @@ class WorkerLink:
             self._on_up(self)
 
     def _receive_event(self, frames: list[bytes]) -> None:
+        if self._closed:
+            return
         try:
             _, data = frames
             event = decode(EVENTS, data)
         except (ValueError, WireError):
             self.malformed += 1
+            return
+        if isinstance(event, KvBatch | KvDigest):
+            if self._on_kv is not None:
+                self._on_kv(self.worker, event)
             return
         if isinstance(event, LoadEvent) and event.epoch == self.epoch and event.seq > self._load_seq:
             self._load_seq = event.seq
