@@ -1,0 +1,147 @@
+"""Packed KV ops, replays and snapshots: what was packed comes back, and nothing else comes through."""
+
+from __future__ import annotations
+
+import tracemalloc
+from array import array
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pdyn.wire.kvpack import (
+    CLEARED,
+    HOST,
+    MAX_RUNS,
+    REMOVED,
+    STORED,
+    Op,
+    combine,
+    pack_ops,
+    pack_replay,
+    pack_snapshot,
+    unpack_ops,
+    unpack_replay,
+    unpack_snapshot,
+)
+from p2pdyn.wire.shape import WireError
+
+U64 = st.integers(0, 2**64 - 1)
+HASHES = st.lists(U64, min_size=1, max_size=5).map(lambda ids: array("Q", ids))
+STORES = st.builds(Op, st.just(STORED), st.integers(0, 2), HASHES)
+OPS = st.one_of(
+    STORES,
+    st.builds(Op, st.just(REMOVED), st.integers(0, 2), HASHES),
+    st.just(Op(CLEARED, 0, array("Q"))),
+)
+
+
+@given(st.lists(OPS, max_size=5))
+def test_ops_come_back(ops: list[Op]) -> None:
+    assert unpack_ops(pack_ops(ops)) == ops
+
+
+@given(U64, U64, st.lists(st.lists(OPS, min_size=1, max_size=3).map(pack_ops), max_size=4))
+def test_a_replay_comes_back(epoch: int, first: int, batches: list[bytes]) -> None:
+    assert unpack_replay(pack_replay(epoch, first, batches)) == (epoch, first, batches)
+
+
+@given(U64, U64, st.lists(STORES, max_size=4))
+def test_a_snapshot_comes_back(epoch: int, seq: int, ops: list[Op]) -> None:
+    assert unpack_snapshot(pack_snapshot(epoch, seq, ops)) == (epoch, seq, ops)
+
+
+def test_the_bytes_are_those_of_the_page() -> None:
+    ops = [Op(STORED, HOST, array("Q", [1, 0x0102030405060708])), Op(CLEARED, 0, array("Q"))]
+
+    assert pack_ops(ops) == bytes.fromhex("01 02000000 0100000000000000 0807060504030201 20 00000000")
+    assert pack_replay(2, 3, [b"\x20\0\0\0\0"]) == bytes.fromhex(
+        "02" + 7 * "00" + "03" + 7 * "00" + "05000000 2000000000"
+    )
+    assert pack_snapshot(2, 3, ops[:1])[:20] == bytes.fromhex("02" + 7 * "00" + "03" + 7 * "00" + "01000000")
+
+
+ONE = bytes(8)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x00", id="half a head"),
+        pytest.param(b"\x00\x02\0\0\0" + ONE, id="fewer hashes than counted"),
+        pytest.param(b"\x00\xff\xff\xff\xff" + ONE, id="a count for 32 GB"),
+        pytest.param(b"\x00\x01\0\0\0" + ONE + b"x", id="a byte too many"),
+        pytest.param(b"\x00\x00\0\0\0", id="stored nothing"),
+        pytest.param(b"\x10\x00\0\0\0", id="removed nothing"),
+        pytest.param(b"\x20\x01\0\0\0" + ONE, id="cleared something"),
+        pytest.param(b"\x21\x00\0\0\0", id="cleared one tier"),
+        pytest.param(b"\x03\x01\0\0\0" + ONE, id="unknown tier"),
+        pytest.param(b"\x30\x01\0\0\0" + ONE, id="unknown kind"),
+        pytest.param(b"\x20\0\0\0\0" * (MAX_RUNS + 1), id="too many ops"),
+    ],
+)
+def test_odd_ops_are_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        unpack_ops(data)
+    with pytest.raises(WireError):
+        unpack_snapshot(bytes(16) + b"\x01\0\0\0" + data)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", bytes(15), bytes(17), bytes(16) + b"\0\0\0\0", bytes(16) + b"\x06\0\0\0" + bytes(5)]
+)
+def test_odd_replays_are_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        unpack_replay(data)
+
+
+def test_a_snapshot_has_stored_ops_alone_and_as_many_as_it_says() -> None:
+    removed = pack_ops([Op(REMOVED, 0, array("Q", [1]))])
+    for data in (b"", bytes(19), bytes(16) + b"\x02\0\0\0" + removed, bytes(16) + b"\x01\0\0\0" + removed):
+        with pytest.raises(WireError):
+            unpack_snapshot(data)
+
+
+@given(st.binary(max_size=64))
+def test_random_bytes_raise_nothing_else(data: bytes) -> None:
+    for unpack in (unpack_ops, unpack_replay, unpack_snapshot):
+        with suppress(WireError):
+            unpack(data)
+
+
+@pytest.mark.parametrize(
+    "ops", [[Op(STORED, 0, array("Q", range(500_000)))], [Op(STORED, 0, array("Q", [1]))] * MAX_RUNS]
+)
+def test_unpacking_allocates_little(ops: list[Op]) -> None:
+    data = pack_ops(ops)
+    tracemalloc.start()
+    try:
+        unpack_ops(data)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(data) + 300 * len(ops)
+    finally:
+        tracemalloc.stop()
+
+
+@given(
+    st.lists(U64, min_size=1, max_size=4, unique=True),
+    st.sampled_from([(a, b) for a in range(3) for b in range(3) if a != b]),
+)
+def test_blocks_in_a_wrong_tier_show_in_the_digest(hashes: list[int], tiers: tuple[int, int]) -> None:
+    """An even number of them too: with a constant a tier they would cancel."""
+    total = 0
+    for one in hashes:
+        total ^= one
+    sums = []
+    for tier in tiers:
+        xors = [0, 0, 0]
+        xors[tier] = total
+        sums.append(combine(xors))
+    assert sums[0] != sums[1] or total in (0, 2**64 - 1, 0x5555555555555555, 0xAAAAAAAAAAAAAAAA)
+
+
+def test_the_tiers_of_the_digest_are_rotated() -> None:
+    assert [combine([one, 0, 0]) for one in (1, 2**63)] == [1, 1 << 63]
+    assert [combine([0, one, 0]) for one in (1, 2**63)] == [1 << 21, 1 << 20]
+    assert [combine([0, 0, one]) for one in (1, 2**63)] == [1 << 42, 1 << 41]
+    assert combine([1, 2, 3]) == 1 ^ 2 << 21 ^ 3 << 42
