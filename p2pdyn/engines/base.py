@@ -35,12 +35,14 @@ class EngineOptions:
 @dataclass(slots=True)
 class Sequence:
     """One sequence to run. ``key`` is the driver's; tokens[:prompt_len] is the prompt, the rest is output that an
-    earlier attempt already produced: generation goes on behind it as if it had been produced here."""
+    earlier attempt already produced: generation goes on behind it as if it had been produced here. ``traceparent`` (W3C
+    Trace Context, or empty) is for the engine's own spans."""
 
     key: int
     tokens: array[int]
     prompt_len: int
     params: SamplingParams
+    traceparent: str = ""
 
 
 @dataclass(slots=True)

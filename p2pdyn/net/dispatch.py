@@ -303,6 +303,7 @@ class Dispatcher:
                 action.tokens.tobytes(),
                 encode_params(job.params),
                 job.whole,
+                job.traceparent,
             )
         )
 

@@ -162,6 +162,8 @@ class WorkerService:
         elif sequence is not None:
             self.requests_total += 1
             self._admitted.append(sequence)
+            if message.traceparent:
+                log.debug("request %d, attempt %d: trace %s", message.rid, message.attempt, message.traceparent)
 
     def _on_cancel(self, connection: bytes, message: Cancel) -> None:
         if self._served is not None:

@@ -51,7 +51,7 @@ class Generate:
 
     ``prompt_len`` says where the prompt ends (seeds and min_tokens count from there); ``epoch`` is the worker's, and a
     worker of another epoch refuses.  ``whole``: nobody looks at single tokens, so those between the first and the last
-    may be sent together, a few times a second.
+    may be sent together, a few times a second.  ``traceparent`` is the client's (W3C Trace Context), or empty.
     """
 
     rid: U64
@@ -62,6 +62,7 @@ class Generate:
     tokens: Annotated[bytes, Cap(MAX_PROMPT_BYTES)]
     params: Annotated[bytes, Cap(256 * 1024)]
     whole: bool = False
+    traceparent: Annotated[str, Cap(64)] = ""
 
 
 @message(REQUESTS, 4)

@@ -36,22 +36,30 @@ class Shape(NamedTuple):
 
 
 def record_shape(cls: type, name: str = "") -> Shape:
-    """The shape of a dataclass or NamedTuple: a positional array of its fields."""
+    """The shape of a dataclass or NamedTuple: a positional array of its fields. Those at the end that have their
+    defaults are left out, and read as such: a message of before they were added is a message still."""
     name = name or cls.__name__
     shapes = field_shapes(cls, name)
     dumps = [(field, s.dump) for field, s in zip(field_names(cls), shapes, strict=True)]
     loads = [s.load for s in shapes]
     count = len(shapes)
+    defaults = _last_defaults(cls)
+    least = count - len(defaults)
 
     def dump(value: Any) -> Any:
         if type(value) is not cls:
             raise WireError(f"{name}: not a {cls.__name__}")
-        return [convert(getattr(value, field)) for field, convert in dumps]
+        plain = [convert(getattr(value, field)) for field, convert in dumps]
+        for default in defaults:
+            if plain[-1] != default:
+                break
+            plain.pop()
+        return plain
 
     def load(plain: Any) -> Any:
-        if type(plain) is not tuple or len(plain) != count:
+        if type(plain) is not tuple or not least <= len(plain) <= count:
             raise WireError(f"{name}: not an array of {count} fields")
-        return cls(*[convert(item) for convert, item in zip(loads, plain, strict=True)])
+        return cls(*[convert(item) for convert, item in zip(loads, plain, strict=False)])
 
     return Shape(dump, load)
 
@@ -61,6 +69,14 @@ def field_names(cls: type) -> tuple[str, ...]:
         return tuple(field.name for field in dataclasses.fields(cls))
     names: tuple[str, ...] = cls._fields  # type: ignore[attr-defined]
     return names
+
+
+def _last_defaults(cls: type) -> list[Any]:
+    """The defaults of a dataclass's fields, from the last one back to the first one that has none."""
+    if not dataclasses.is_dataclass(cls):
+        return []
+    backwards = [field.default for field in reversed(dataclasses.fields(cls))]
+    return backwards[: next((i for i, value in enumerate(backwards) if value is dataclasses.MISSING), len(backwards))]
 
 
 def field_shapes(cls: type, name: str = "") -> list[Shape]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,16 @@ from support.engines import Result, collect, generate, sequence
 
 from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, Step
 from p2pdyn.engines.child import ChildRunner
-from p2pdyn.engines.frames import LOAD, PROGRESS, STEP, FrameBuffer, FrameError, frame
+from p2pdyn.engines.frames import (
+    LOAD,
+    PROGRESS,
+    STEP,
+    FrameBuffer,
+    FrameError,
+    frame,
+    pack_sequence,
+    unpack_sequence,
+)
 from p2pdyn.engines.runner import InProcessRunner, Runner, make_runner
 from p2pdyn.engines.sim import create
 
@@ -461,6 +471,12 @@ def test_nothing_survives_the_peer(fault: str, tmp_path: Path) -> None:
 
 
 # ---- frames, registry
+
+
+def test_a_sequence_reaches_the_child_whole() -> None:
+    sent = replace(sequence(7, [1, 2], [3], max_tokens=9, seed=-1, stop_token_ids=(4,)), traceparent="00-a-b-01")
+    (content,) = FrameBuffer().feed(frame(pack_sequence(sent)))
+    assert unpack_sequence(content) == sent
 
 
 def test_frames_are_cut_wherever_the_stream_breaks() -> None:

@@ -16,6 +16,7 @@ from p2pdyn.core.request import Job, Logprobs, Outcome, Rejected
 from p2pdyn.core.router_simple import make_policy
 from p2pdyn.core.types import READY, Address, NodeId, PeerInfo, SamplingParams, ServedModel
 from p2pdyn.engines.base import EngineInfo
+from p2pdyn.engines.base import Sequence as EngineSequence
 from p2pdyn.engines.runner import Runner, make_runner
 from p2pdyn.net.curve import Security, write_key_file
 from p2pdyn.net.dispatch import Dispatcher
@@ -276,6 +277,31 @@ def test_a_worker_whose_epoch_rises_goes_on_serving(run: Run) -> None:
         await until(lambda: worker.service.open == 0, "nothing is left of the old links' requests")
 
     run(scenario)
+
+
+def test_the_clients_trace_reaches_the_engine_and_the_workers_log(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+
+    async def scenario(bench: Bench) -> None:
+        worker = await bench.worker("a")
+        bench.refresh()
+        submit, seen = worker.runner.submit, list[str]()
+
+        def watched(sequences: list[EngineSequence]) -> None:
+            seen.extend(sequence.traceparent for sequence in sequences)
+            submit(sequences)
+
+        worker.runner.submit = watched  # type: ignore[method-assign]
+        for more in ({"traceparent": trace}, {}):
+            _, sink = bench.submit(**more)
+            await sink.outcome
+        assert seen == [trace, ""]
+
+    with caplog.at_level("DEBUG", "p2pdyn.net.worker"):
+        run(scenario)
+    assert [record.getMessage() for record in caplog.records if "trace" in record.getMessage()] == [
+        f"request 1, attempt 0: trace {trace}"
+    ]
 
 
 def test_the_model_card_is_fetched_from_a_worker_and_cached(run: Run) -> None:

@@ -116,6 +116,19 @@ def test_a_wrong_field_is_refused(fields: tuple[Any, ...]) -> None:
         decode("requests", raw(*fields))
 
 
+def test_fields_added_at_the_end_are_sent_only_when_they_say_something() -> None:
+    plain = Generate(1, 0, 2, "m", 1, b"\1\0\0\0", b"")
+    fields = (3, 1, 0, 2, "m", 1, b"\1\0\0\0", b"")
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    assert encode(plain) == raw(*fields)
+    assert decode("requests", raw(*fields)) == decode("requests", raw(*fields, False, "")) == plain
+    assert decode("requests", encode(replace(plain, whole=True))) == replace(plain, whole=True)
+    assert encode(replace(plain, traceparent=trace)) == raw(*fields, False, trace)
+    for wrong in (fields[:-1], (*fields, False, "", 1), (*fields, False, "x" * 65)):
+        with pytest.raises(WireError):
+            decode("requests", raw(*wrong))
+
+
 def test_a_message_of_one_link_is_unknown_on_another() -> None:
     with pytest.raises(WireError, match="unknown kind"):
         decode("events", encode(Heartbeat(1, 2, ())))
