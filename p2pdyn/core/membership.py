@@ -25,7 +25,7 @@ from p2pdyn.core.membership_config import MembershipConfig
 from p2pdyn.core.membership_context import Context
 from p2pdyn.core.membership_gossip import ROUND, Spreader
 from p2pdyn.core.membership_merge import LAST_WORD, SUSPECTED, Merger
-from p2pdyn.core.membership_probe import FAIL, INDIRECT, PROBE, RELAY, REPROBE, RETRY, Prober
+from p2pdyn.core.membership_probe import AGAIN, FAIL, INDIRECT, PROBE, RELAY, REPROBE, RETRY, Prober
 from p2pdyn.core.membership_roster import ALIVE, Member
 from p2pdyn.core.membership_sync import HEAL, JOIN, SYNC, Syncer
 from p2pdyn.core.timers import ROUNDING_S
@@ -51,6 +51,7 @@ class Membership:
             PROBE: self._prober.turn,
             RETRY: self._prober.retry,
             INDIRECT: self._prober.indirect,
+            AGAIN: self._prober.again,
             FAIL: self._prober.fail,
             RELAY: self._prober.relay_over,
             REPROBE: self._prober.reprobe,
@@ -147,7 +148,7 @@ class Membership:
     def _on_ping(self, ping: Ping, event: Received) -> None:
         self._merger.apply_all(ping.updates)
         if event.reply is not None:
-            self._prober.on_ping(ping, event.reply)
+            self._prober.on_ping(ping, event.reply, event.source)
 
     def _on_ping_request(self, request: PingReq, event: Received) -> None:
         self._merger.apply_all(request.updates)

@@ -61,8 +61,8 @@ class MembershipConfig:
     fanout: int = 3
     """Neighbours a round."""
 
-    neighbours: int = 16
-    """Gossip partners and relays beyond ``small`` nodes: the last that answered a probe, whose links are open."""
+    rings: int = 8
+    """Beyond ``small`` nodes: how many each node watches, is watched by, and tells its news. At most 8."""
 
     retransmit: float = 1.4
     """A record leaves each node ceil(retransmit * ln(N + 1)) times: 10 at 1000 nodes, 9 arrive at 10 % loss."""
@@ -94,8 +94,15 @@ class MembershipConfig:
     sync_pages: int = 32
     """Most SyncReplies in one conversation: 5000 members of 300 B; it ends a conversation that makes no progress."""
 
+    answer_first: int = 128 * 1024
+    """Of those, a new node may give this much at once: until all know it, many ask it for nothing but itself."""
+
     heal_s: float = 5.0
     """Between two Syncs to introduced addresses that are no member, and dead members, in turn."""
+
+    heal_nodes: int = 128
+    """Beyond this many nodes that time grows in proportion: all together send 25 Syncs a second, at any N. Each dead
+    address gets its share of them when it comes back."""
 
     join_s: float = 0.5
     """First repetition of a Sync to an introduced address; doubles up to heal_s, then the address waits its turn."""
@@ -138,6 +145,9 @@ class MembershipConfig:
 
     def fail_after(self, nodes: int) -> float:
         return self.fail_small_s if nodes <= self.small else self.fail_large_s
+
+    def heal_interval(self, nodes: int) -> float:
+        return self.heal_s * max(1.0, nodes / self.heal_nodes)
 
     def suspicion_min(self, nodes: int) -> float:
         """Seconds. Grows with the time that a rumour takes to spread, which is logarithmic."""

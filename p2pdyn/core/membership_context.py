@@ -19,7 +19,7 @@ class Context:
         self.config = config
         self.rng = rng
         self.timers = Timers()
-        self.roster = Roster(local, rng)
+        self.roster = Roster(local, rng, config.rings)
         self.awareness = Awareness(config.awareness)
         self.actions: list[Action] = []
         self.now = 0.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from p2pdyn.core.broadcast import Broadcasts, record_size, retransmit_limit
 from p2pdyn.core.membership_context import Context
 from p2pdyn.core.types import NodeId
@@ -18,7 +16,6 @@ class Spreader:
     def __init__(self, context: Context) -> None:
         self._context = context
         self.news = Broadcasts()
-        self._recent: deque[NodeId] = deque(maxlen=context.config.neighbours)
         self._turn = 0
         self._limit = (0, 1)
         self.muted = False
@@ -69,19 +66,7 @@ class Spreader:
         if self.news:
             context.arm(config.gossip_s, ROUND)
 
-    def answered(self, node: NodeId) -> None:
-        """A probe of ours was answered directly: the link is open."""
-        if node in self._recent:
-            self._recent.remove(node)
-        self._recent.append(node)
-
     def neighbours(self) -> list[NodeId]:
-        """Everybody in a small cluster; else those who answered our last probes, which the probe order chose at random.
-        Their links are open, so neither gossip nor an indirect probe waits for a handshake."""
-        roster, config = self._context.roster, self._context.config
-        if roster.nodes <= config.small:
-            return roster.live
-        chosen = [node for node in self._recent if node in roster.members and roster.members[node].live]
-        if len(chosen) < config.neighbours:
-            chosen += roster.sample(config.neighbours - len(chosen), set(chosen))
-        return chosen
+        """Everybody in a small cluster, else one's subjects: their links are open, so nothing waits for a handshake."""
+        roster = self._context.roster
+        return roster.live if roster.nodes <= self._context.config.small else roster.rings.subjects()

@@ -16,6 +16,7 @@ from p2pdyn.wire.control import ALIVE_CODE, Ack, Nack, Ping, PingReq
 PROBE = "probe"
 RETRY = "probe-retry"
 INDIRECT = "probe-indirect"
+AGAIN = "probe-again"
 FAIL = "probe-fail"
 RELAY = "relay"
 REPROBE = "reprobe"
@@ -24,6 +25,7 @@ REPROBE = "reprobe"
 @dataclass(slots=True)
 class _Probe:
     target: NodeId
+    epoch: int
     in_turn: bool
     relays: int = 0
     nacks: int = 0
@@ -56,9 +58,10 @@ class Prober:
             self._context.arm(self._context.rng.random() * self._context.config.probe_small_s, PROBE)
 
     def turn(self, _: object = None) -> None:
-        """The next in the round-robin order, each interval."""
+        """The next in order, each interval."""
         context = self._context
-        member = context.roster.next_probe()
+        roster, few = context.roster, context.roster.nodes <= context.config.small
+        member = roster.next_of_all() if few else roster.next_subject()
         if member is not None and member.id not in self._targets:
             self._begin(member, in_turn=True)
         interval = context.config.probe_interval(context.roster.nodes)
@@ -73,7 +76,7 @@ class Prober:
     def _begin(self, member: Member, in_turn: bool) -> None:
         context = self._context
         seq = context.number()
-        self._probes[seq] = _Probe(member.id, in_turn)
+        self._probes[seq] = _Probe(member.id, member.version.epoch, in_turn)
         self._targets[member.id] = seq
         self._ping(seq, member)
         context.arm(context.awareness.scale(context.config.retry_s), RETRY, seq)
@@ -84,12 +87,12 @@ class Prober:
         self._context.send(member.address, Ping(seq, member.id, self._spreader.piggyback(first)))
 
     def _open(self, seq: object) -> tuple[_Probe, Member] | None:
-        """The probe and its target; a probe of somebody who is not live any more ends here."""
+        """The probe and its target; one of a life that is over ends here."""
         probe = self._probes.get(seq)  # type: ignore[call-overload]
         if probe is None:
             return None
         member = self._context.roster.members.get(probe.target)
-        if member is None or not member.live:
+        if member is None or not member.live or member.version.epoch != probe.epoch:
             self._close(seq)
             return None
         return probe, member
@@ -97,7 +100,7 @@ class Prober:
     def _close(self, seq: object) -> None:
         probe = self._probes.pop(seq)  # type: ignore[call-overload]
         self._targets.pop(probe.target, None)
-        for kind in (RETRY, INDIRECT, FAIL):
+        for kind in (RETRY, INDIRECT, AGAIN, FAIL):
             self._context.timers.cancel(kind, seq)
 
     def retry(self, subject: object) -> None:
@@ -122,8 +125,15 @@ class Prober:
             request = PingReq(subject, member.id, member.address.host, member.address.port, ())
             context.send(context.roster.members[node].address, request)
         nodes = context.roster.nodes
-        left = config.fail_after(nodes) - config.indirect_after(nodes)
-        context.arm(context.awareness.scale(left), FAIL, subject)
+        left = context.awareness.scale(config.fail_after(nodes) - config.indirect_after(nodes))
+        if probe.relays < config.relays:
+            context.arm(left / 2, AGAIN, subject)
+        context.arm(left, FAIL, subject)
+
+    def again(self, subject: object) -> None:
+        """Where there are hardly any others to ask, a direct question more."""
+        if (found := self._open(subject)) is not None:
+            self._ping(subject, found[1])  # type: ignore[arg-type]
 
     def fail(self, subject: object) -> None:
         """Nobody reached it. Relays that do not even say Nack speak for trouble on our side."""
@@ -132,7 +142,8 @@ class Prober:
             return
         probe, member = found
         self._close(subject)
-        context.awareness.add(probe.relays - probe.nacks if probe.relays else 1)
+        if member.state != SUSPECT:  # else it told us so before
+            context.awareness.add(probe.relays - probe.nacks if probe.relays else 1)
         if probe.in_turn:
             self._isolation.note(member.id, False)
         self._merger.accuse(member)
@@ -151,7 +162,6 @@ class Prober:
             self._on_relayed(ack)
             return None
         self._close(ack.seq)
-        self._spreader.answered(probe.target)
         member = self._context.roster.members[probe.target]
         self._context.awareness.add(-1)
         self.note_heard(probe.target)
@@ -174,11 +184,16 @@ class Prober:
         if probe is not None:
             probe.nacks = min(probe.nacks + 1, probe.relays)
 
-    def on_ping(self, ping: Ping, to: object) -> None:
-        """Answer with who we are, whoever was meant; if the asker suspects us our refutation comes with it."""
-        local = self._context.roster.local
-        accused = any(record.id == local.id and record.state != ALIVE_CODE for record in ping.updates)
-        updates = self._spreader.piggyback(whole_record(local, self._context.now) if accused else None)
+    def on_ping(self, ping: Ping, to: object, source: str) -> None:
+        """Answer with who we are, whoever was meant; if the asker suspects us our refutation comes with it, and if we
+        suspect the asker it learns of that on its own connection, which works."""
+        local, asker = self._context.roster.local, self._context.roster.members.get(NodeId(source))
+        first = None
+        if any(record.id == local.id and record.state != ALIVE_CODE for record in ping.updates):
+            first = whole_record(local, self._context.now)
+        elif asker is not None and asker.state == SUSPECT:
+            first = rumour(asker, SUSPECT, local.id)
+        updates = self._spreader.piggyback(first)
         self._context.actions.append(Reply(to, Ack(ping.seq, local.id, local.version.epoch, updates)))
 
     def on_ping_request(self, request: PingReq, to: object) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 
+from p2pdyn.core.membership_rings import Rings
 from p2pdyn.core.types import DEAD, LEFT, SUSPECT, Address, NodeId, Version
 from p2pdyn.wire.control import BUCKETS, Record
 
@@ -78,9 +79,11 @@ def _fingerprint(node: str, epoch: int, incarnation: int, state: str) -> int:
 class Roster:
     """All members, this node included, with what must stay cheap at 1000: sampling, probe order, digests."""
 
-    def __init__(self, local: Member, rng: random.Random) -> None:
+    def __init__(self, local: Member, rng: random.Random, rings: int) -> None:
         self._rng = rng
         self.id = local.id
+        self.rings = Rings(local.id, rings)
+        self._turn = 0
         self.members: dict[NodeId, Member] = {}
         self.live: list[NodeId] = []
         """Others that are alive or suspect, in no order."""
@@ -144,7 +147,13 @@ class Roster:
         drawn = self._rng.sample(self.live, min(len(self.live), count + 4))
         return [node for node in drawn if node not in exclude][:count]
 
-    def next_probe(self) -> Member | None:
+    def next_subject(self) -> Member | None:
+        """Each of one's subjects in turn, at even distances, and then somebody out of all."""
+        subjects = self.rings.subjects()
+        self._turn = (self._turn + 1) % (len(subjects) + 1)
+        return self.members[subjects[self._turn - 1]] if self._turn else self.next_of_all()
+
+    def next_of_all(self) -> Member | None:
         """Round-robin over all live others in an order shuffled anew for each round, so that each gets its turn."""
         for _ in range(2):
             while self._round:
@@ -169,6 +178,7 @@ class Roster:
         if member.live and node not in self._place:
             self._place[node] = len(self.live)
             self.live.append(node)
+            self.rings.joined(node)
             self._round.insert(self._rng.randint(0, len(self._round)), node)
         elif not member.live and node not in self.down:
             self.down[node] = None
@@ -178,3 +188,4 @@ class Roster:
                 if last != node:
                     self.live[place] = last
                     self._place[last] = place
+                self.rings.gone(node, self.live)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from p2pdyn.core.actions import Reply
 from p2pdyn.core.broadcast import record_size
-from p2pdyn.core.identity import version_of
+from p2pdyn.core.identity import address_of, version_of
 from p2pdyn.core.membership_context import Context
 from p2pdyn.core.membership_gossip import Spreader
 from p2pdyn.core.membership_merge import Merger
@@ -37,8 +37,9 @@ class Syncer:
         self._heal_queue: list[Address] = []
         self._sync_s = context.config.sync_first_s
         self._started = 0.0
+        self._met = False
         self._refilled = 0.0
-        self._allowance = float(context.config.answer_burst)
+        self._allowance = float(context.config.answer_first)
 
     def start(self) -> None:
         self._started = self._context.running
@@ -96,7 +97,8 @@ class Syncer:
             if roster.holder(address) is None:
                 self.ask(address)
                 break
-        context.arm(context.config.heal_s * (0.5 + context.rng.random()), HEAL)
+        interval = context.config.heal_interval(roster.nodes)
+        context.arm(interval * (0.5 + context.rng.random()), HEAL)
 
     def on_sync(self, sync: Sync, to: object) -> None:
         """Answer with our records where the views differ; the asker's own record is taken first."""
@@ -147,6 +149,7 @@ class Syncer:
         if address is None:
             return
         self._learn(reply.records)
+        self._meet(reply.records)
         theirs = {record.id: (version_of(record), record.state) for record in reply.records}
         better: list[Record] = []
         for members in self._by_bucket([b for b in range(BUCKETS) if reply.covered >> b & 1]).values():
@@ -158,6 +161,17 @@ class Syncer:
             self._context.send(address, SyncPush(tuple(_fitting(better, self._context.config.sync_bytes))))
         if reply.more and reply.covered and pages < self._context.config.sync_pages:
             self.ask(address, pages + 1)
+
+    def _meet(self, records: tuple[Record, ...]) -> None:
+        """The first answer tells a newcomer whom there is; a few it tells of itself at once, as any news of its own,
+        unless somebody else has its id: then the answerer sees to that."""
+        context, local = self._context, self._context.roster.local
+        if self._met or not context.roster.live:
+            return
+        self._met = True
+        taken = any(record.id == local.id and address_of(record) != local.address for record in records)
+        if context.roster.nodes <= context.config.small and not taken:
+            self._spreader.tell_all(whole_record(local, context.now))
 
     def _learn(self, records: tuple[Record, ...]) -> None:
         """Merge another's view. A newcomer does not tell on what everybody else knows."""

@@ -7,13 +7,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from p2pdyn.constants import CONTROL_MAX, CONTROL_PING_S
+from p2pdyn.constants import CONTROL_IDLE_S, CONTROL_MAX, CONTROL_PING_S
 from p2pdyn.core.types import Address
 from p2pdyn.net.link import Link
 from p2pdyn.net.sockets import Sockets
 
-IDLE_S = 30.0
-"""A connection without a message for this long is closed. Membership prefers open ones, so few come and go."""
 MAX_LINKS = 64
 """Open at once; the least recently used goes first. Four descriptors each (docs/design/wire.md)."""
 MAX_WAITING = 16
@@ -85,7 +83,7 @@ class Pool:
         )
         connection = self._open[address] = _Connection(link, self._loop.time())
         if self._sweeper is None:
-            self._sweeper = self._loop.call_later(IDLE_S / 4, self._sweep)
+            self._sweeper = self._loop.call_later(CONTROL_IDLE_S / 4, self._sweep)
         return connection
 
     def _up(self, address: Address) -> None:
@@ -100,7 +98,7 @@ class Pool:
         self._on_down(address, reason)
 
     def _sweep(self) -> None:
-        idle = self._loop.time() - IDLE_S
+        idle = self._loop.time() - CONTROL_IDLE_S
         for address in [address for address, connection in self._open.items() if connection.used <= idle]:
             self.drop(address)
-        self._sweeper = self._loop.call_later(IDLE_S / 4, self._sweep) if self._open else None
+        self._sweeper = self._loop.call_later(CONTROL_IDLE_S / 4, self._sweep) if self._open else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -24,6 +25,9 @@ TAIL_S = 30.0
 REJOIN_S = 30.0
 """A crashed node starts again, with the same id, after this long."""
 
+MEET_S = 5.0
+"""A node that ran shorter than this may not be known to all, nor know all: one that does not know it cannot miss it."""
+
 
 class _Watch:
     """Counts what every node believes against what is true."""
@@ -38,6 +42,7 @@ class _Watch:
         self.suspicions = 0
         self.suspected: set[tuple[NodeId, Version]] = set()
         self.up: dict[NodeId, bool] = {}
+        self.since: dict[NodeId, float] = {}
         self.epochs: dict[NodeId, int] = {}
 
     def __call__(self, node: Node, change: MemberChanged) -> None:
@@ -60,13 +65,21 @@ class _Watch:
 
     def crash(self, victim: Node) -> None:
         self.up[victim.id] = False
-        others = {node.id for node in self.cluster.nodes if node.up and node is not victim}
+        others = {node.id for node in self.cluster.nodes if node.up and node is not victim and self._met(node, victim)}
         self.crashed[victim.id] = (self.cluster.clock.now, others)
         for _, waiting in self.crashed.values():
             waiting.discard(victim.id)
 
+    def _met(self, observer: Node, victim: Node) -> bool:
+        """Whether the observer should know this life of the victim: both ran for a while, or it does already."""
+        if self.cluster.clock.now - max(self.since[observer.id], self.since[victim.id]) >= MEET_S:
+            return True
+        member = observer.core.members.get(victim.id)
+        return member is not None and member.live and member.version.epoch == self.epochs[victim.id]
+
     def started(self, node: Node) -> None:
         self.up[node.id] = True
+        self.since[node.id] = self.cluster.clock.now
         self.epochs[node.id] = node.core.local.version.epoch
 
     def close(self, victim: Node) -> None:
@@ -95,7 +108,7 @@ def run(
     for node in cluster.nodes:
         watch.started(node)
     cluster.run(WARM_S)
-    start = [(node.sent_bytes, node.sent_messages) for node in cluster.nodes]
+    start = [(node.sent.copy(), node.sent_messages) for node in cluster.nodes]
     watch.suspicions = watch.false_deaths = 0
     watch.suspected.clear()
     crashes = _schedule(cluster, watch, seed, seconds, crash_every_s)
@@ -140,8 +153,10 @@ def _schedule(cluster: Cluster, watch: _Watch, seed: int, seconds: float, every:
     return count
 
 
-def _result(cluster: Cluster, watch: _Watch, start: list[tuple[int, int]], seconds: float) -> dict[str, Any]:
-    sent = [(n.sent_bytes - b) / seconds for n, (b, _) in zip(cluster.nodes, start, strict=True)]
+def _result(cluster: Cluster, watch: _Watch, start: list[tuple[Counter[str], int]], seconds: float) -> dict[str, Any]:
+    by_kind = [n.sent - b for n, (b, _) in zip(cluster.nodes, start, strict=True)]
+    sent = [kinds.total() / seconds for kinds in by_kind]
+    busiest = max(by_kind, key=Counter.total)
     messages = [(n.sent_messages - m) / seconds for n, (_, m) in zip(cluster.nodes, start, strict=True)]
     delays = sorted(watch.delays)
     pairs = len(delays) + watch.missed
@@ -156,9 +171,15 @@ def _result(cluster: Cluster, watch: _Watch, start: list[tuple[int, int]], secon
         "false_suspicion_views": watch.suspicions,
         "bytes_per_s_mean": round(sum(sent) / len(sent), 1),
         "bytes_per_s_max": round(max(sent), 1),
+        "bytes_per_s_by_kind": _rates(sum(by_kind, Counter()), seconds * len(by_kind)),
+        "bytes_per_s_by_kind_of_busiest": _rates(busiest, seconds),
         "messages_per_s_mean": round(sum(messages) / len(messages), 2),
         "connections_opened": getattr(cluster.network, "opened", 0),
     }
+
+
+def _rates(kinds: Counter[str], seconds: float) -> dict[str, float]:
+    return {kind: round(count / seconds, 1) for kind, count in kinds.most_common()}
 
 
 def _quantile(ordered: list[float], missed: int, share: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -37,7 +38,8 @@ class Node:
     inbox: list[Event] = field(default_factory=list)
     others: list[Action] = field(default_factory=list)
     """Alarms and Fatals so far."""
-    sent_bytes: int = 0
+    sent: Counter[str] = field(default_factory=Counter)
+    """Bytes, by message kind; ``handshake``, ``heartbeat`` and ``acknowledgement`` besides."""
     sent_messages: int = 0
 
 
@@ -145,6 +147,8 @@ class Cluster:
 
     def _tell(self, node: Node, action: Action) -> None:
         if isinstance(action, MemberChanged):
+            if action.member.state != ALIVE and action.member.address in self._by_address:
+                self.network.drop(node.index, self._by_address[action.member.address])  # as net.mesh does
             if self._on_change is not None:
                 self._on_change(node, action)
         else:

@@ -10,13 +10,14 @@ host gives no answer; a dead process resets its connections. A pair that is cut 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from p2pdyn.constants import CONTROL_IDLE_S, CONTROL_PING_S
 from p2pdyn.sim.clock import Clock
-from p2pdyn.sim.sizes import ACCEPTING, KEEPALIVE, MESSAGE, OPENING, SEGMENT, message_bytes
+from p2pdyn.sim.sizes import ACCEPTING, KEEPALIVE, MESSAGE, OPENING, PAYLOAD, SEGMENT, message_bytes
 
 LATENCY_S = 0.0005
 """Shortest one-way delay; the real one is up to three times as long. A LAN with a busy peer."""
@@ -37,7 +38,8 @@ class Host(Protocol):
     up: bool
     reachable: bool
     life: int
-    sent_bytes: int
+    sent: Counter[str]
+    """Bytes, by message kind; ``handshake`` and ``heartbeat`` besides."""
     sent_messages: int
 
 
@@ -81,8 +83,9 @@ class Cuts:
         return (source, to) in self._one_way or (None not in groups and groups[0] != groups[1])
 
 
-def _account(host: Host, size: int, tries: int = 1) -> None:
-    host.sent_bytes += size * tries
+def _account(host: Host, message: object, tries: int = 1) -> None:
+    size = message_bytes(message)
+    host.sent[type(message).__name__] += (size + MESSAGE + size // PAYLOAD * SEGMENT) * tries
     host.sent_messages += 1
 
 
@@ -103,7 +106,7 @@ class DatagramNetwork:
 
     def _transmit(self, source: int, to: int, message: object, handle: object | None) -> None:
         cluster, rng = self._cluster, self._rng
-        _account(cluster.nodes[source], message_bytes(message) + MESSAGE)
+        _account(cluster.nodes[source], message)
         if rng.random() < self.cuts.loss or self.cuts.blocked(source, to):
             return
         delay = LATENCY_S * (1 + 2 * rng.random())
@@ -111,6 +114,9 @@ class DatagramNetwork:
 
     def crashed(self, node: int) -> None:
         """Nothing to tear down."""
+
+    def drop(self, source: int, to: int) -> None:
+        """Nothing to close."""
 
 
 @dataclass(slots=True)
@@ -123,6 +129,7 @@ class _Connection:
     used: float
     out_last: float = 0.0
     back_last: float = 0.0
+    closed: bool = False
 
 
 class TcpNetwork:
@@ -151,7 +158,7 @@ class TcpNetwork:
     def reply(self, source: int, handle: object, message: object) -> None:
         """Back on the connection that the question came in on, if it still lives."""
         assert isinstance(handle, _Connection)
-        if not self._alive(handle) or self._cut(handle.client, handle.server):
+        if not self._alive(handle) or handle.closed or self._cut(handle.client, handle.server):
             return
         handle.used = self._cluster.clock.now
         arrival = self._arrival(source, handle.client, self._cluster.clock.now, handle.back_last, message)
@@ -167,6 +174,11 @@ class TcpNetwork:
             return
         for connection in [c for c in self._connections.values() if c.server == node]:
             self._tear_down(connection)
+
+    def drop(self, source: int, to: int) -> None:
+        """The source closes its connection; what was on its way is lost."""
+        if (source, to) in self._connections:
+            self._close((source, to), self._cluster.clock.now)
 
     def open_connections(self) -> int:
         """Connections in use now; also closes the idle ones."""
@@ -194,7 +206,7 @@ class TcpNetwork:
                 self._close(key, connection.used + CONTROL_IDLE_S)
             elif not self._alive(connection):
                 self._close(key, now)
-                if hosts[server].up:
+                if hosts[server].up and connection.lives[0] == hosts[client].life:
                     self._reset(client, server)
                     return None
             else:
@@ -206,13 +218,13 @@ class TcpNetwork:
         client, server = key
         now, hosts = self._cluster.clock.now, self._cluster.nodes
         if self._cut(client, server) or not hosts[server].reachable:
-            hosts[client].sent_bytes += SEGMENT
+            hosts[client].sent["handshake"] += SEGMENT
             return None
         if not hosts[server].up:
             self._reset(client, server)
             return None
-        hosts[client].sent_bytes += OPENING
-        hosts[server].sent_bytes += ACCEPTING
+        hosts[client].sent["handshake"] += OPENING
+        hosts[server].sent["handshake"] += ACCEPTING
         ready = now + self._delays(2, SYN_RTO_S)[0] + self._delays(6, RTO_S)[0]
         connection = _Connection(client, server, (hosts[client].life, hosts[server].life), ready, now, now)
         self._connections[key] = connection
@@ -235,12 +247,12 @@ class TcpNetwork:
         """When it arrives, behind what was sent before; None if the connection gives up."""
         delay, segments = self._delays(1, RTO_S)
         hosts = self._cluster.nodes
-        _account(hosts[source], message_bytes(message) + MESSAGE, segments)
-        hosts[to].sent_bytes += SEGMENT
+        _account(hosts[source], message, segments)
+        hosts[to].sent["acknowledgement"] += SEGMENT
         return None if delay > GIVE_UP_S else max(start + delay, last)
 
     def _arrive(self, connection: _Connection, to: int, message: object, source: int) -> None:
-        if not self._alive(connection) or self._cut(connection.client, connection.server):
+        if not self._alive(connection) or connection.closed or self._cut(connection.client, connection.server):
             return
         handle = connection if to == connection.server else None
         self._cluster.deliver(to, message, handle, source)
@@ -256,9 +268,10 @@ class TcpNetwork:
 
     def _close(self, key: tuple[int, int], when: float) -> None:
         connection = self._connections.pop(key)
+        connection.closed = True
         beats = int((when - connection.opened) / CONTROL_PING_S)
         for node in key:
-            self._cluster.nodes[node].sent_bytes += 2 * beats * KEEPALIVE
+            self._cluster.nodes[node].sent["heartbeat"] += 2 * beats * KEEPALIVE
 
     def settle(self) -> None:
         """Account for the heartbeats of what is still open."""

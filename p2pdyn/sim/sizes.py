@@ -16,6 +16,9 @@ FRAMING = 2 * (33 + 2)
 SEGMENT = 52
 """IPv4 and TCP headers with timestamps. A pure acknowledgement is the same size."""
 
+PAYLOAD = 1448
+"""Bytes of data in a full segment: each begun one is another head."""
+
 MESSAGE = HEADER + FRAMING + SEGMENT
 
 OPENING = 900

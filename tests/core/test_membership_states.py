@@ -331,6 +331,54 @@ def test_probe_node_awareness_missed_nack() -> None:
     assert peer.core.health == 0
 
 
+def test_a_suspect_that_fails_again_says_nothing_new_about_us() -> None:
+    peer = Peer(1)
+    peer.run(8.0)
+    assert len({ping.seq for _, ping in sent(peer.actions, Ping)}) > 2
+    assert peer.state(1) == "dead"
+    assert peer.core.health == 1
+
+
+def test_a_probe_of_a_former_life_does_not_accuse_the_next() -> None:
+    peer = Peer(1)
+    peer.run(1.0)
+    peer.hear(record(1, epoch=EPOCH + 1))
+    [old] = {ping.seq for _, ping in sent(peer.actions, Ping)}
+    peer.run(0.7)
+    assert peer.state(1) == "alive"
+    assert old not in {ping.seq for _, ping in sent(peer.run(0.2), Ping)}
+
+
+def test_a_newcomer_tells_a_small_cluster_of_itself_at_once() -> None:
+    newcomer = Peer(0)
+    [(_, sync)] = sent(newcomer.do(Introduced(address(1))), Sync)
+    actions = newcomer.answer(SyncReply(sync.seq, 2**64 - 1, False, tuple(record(i) for i in range(1, 21))))
+    assert {to for to, gossip in sent(actions, Gossip) if gossip.updates == (record(0),)} >= {
+        address(i) for i in range(1, 21)
+    }
+
+
+def test_with_few_to_ask_the_target_is_asked_once_more() -> None:
+    alone, among = Peer(1), Peer(5)
+    for peer in (alone, among):
+        peer.run(1.5, answering=range(2, 6))
+    assert len([ping for _, ping in sent(alone.actions, Ping) if ping.seq == sent(alone.actions, Ping)[0][1].seq]) == 4
+    first = next(ping.seq for _, ping in sent(among.actions, Ping) if ping.target == node_id(1))
+    assert len([ping for _, ping in sent(among.actions, Ping) if ping.seq == first]) <= 3
+
+
+def test_a_suspect_that_asks_is_told_so() -> None:
+    """Our connection to it may be stuck; its own works."""
+    peer = Peer()
+    peer.hear(record(1, "suspect", origin=node_id(2)))
+    [ack] = peer.ask(Ping(4, node_id(0), ()), source=1)
+    assert isinstance(ack, Ack)
+    assert (ack.updates[0].id, ack.updates[0].state) == (node_id(1), CODES["suspect"])
+    [ack] = peer.ask(Ping(5, node_id(0), ()), source=2)
+    assert isinstance(ack, Ack)
+    assert node_id(1) not in {told.id for told in ack.updates} or ack.updates[0].origin == node_id(2)
+
+
 def test_late_and_foreign_answers_do_no_harm() -> None:
     peer = Peer(2)
     assert changes(peer.answer(Ack(999, node_id(1), EPOCH, ()))) == []
@@ -516,6 +564,7 @@ def test_push_pull_pages() -> None:
     """A thousand members of 300 B each do not fit into one message: the asker asks until it has them all."""
     peer = Peer(0)
     peer.core.preload(replace(member(1), id=f"{i:016x}", address=address(i), info=bytes(300)) for i in range(1, 1000))
+    peer.run(15.0, answering=range(1, 1000))  # a new node gives less
     joiner = Peer(0)
     joiner.core = type(peer.core)(member(2000), joiner.config, random.Random(1))
     [(_, sync)] = sent(joiner.do(Introduced(address(0))), Sync)

@@ -132,7 +132,7 @@ def test_open_connections_are_bounded_and_the_oldest_goes_first(monkeypatch: pyt
 
 
 def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "IDLE_S", 0.2)
+    monkeypatch.setattr(pool_module, "CONTROL_IDLE_S", 0.2)
 
     async def body(room: Room) -> None:
         address, _ = room.listen()

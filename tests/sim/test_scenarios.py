@@ -64,7 +64,7 @@ def test_a_dead_host_is_dead_to_all_within_six_seconds(nodes: int, links: str) -
     cluster.crash(victim)
     assert cluster.run_until(dead_everywhere(cluster, victim), 10) <= 6.0
     cluster.restart(victim, cluster.nodes[0])
-    assert cluster.run_until(cluster.agreed, 10) <= 1.5
+    assert cluster.run_until(cluster.agreed, 10) <= 0.5
 
 
 @both_links
