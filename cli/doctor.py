@@ -40,6 +40,7 @@ RESET = "\x1b[0m"
 @click.option("--cluster-key", metavar="FILE", envvar="P2PDYN_CLUSTER_KEY", help="The cluster's key file.")
 @click.option("--seed", metavar="HOST:PORT", multiple=True, help="A seed to try; may be repeated.")
 @click.option("--seeds-file", metavar="FILE", help="A file of seeds to try.")
+@click.option("--offline", is_flag=True, default=None, help="Nothing can be downloaded here.")
 @click.option("--at", metavar="HOST:PORT", envvar="P2PDYN_AT", help=f"A running peer.  [127.0.0.1:{DEFAULT_PORT}]")
 def command(as_json: bool, at: str | None, **flags: Any) -> int:
     """Check this host, and the cluster at --at where one runs: each finding says what to do about it.
@@ -87,6 +88,8 @@ def _plan(at: str | None, flags: dict[str, Any]) -> Plan:
         seeds_file=config.seeds_file,
         at=address,
         at_given=at is not None,
+        builtin_models=tuple(w.model for w in config.workers or (config,) if w.engine == "builtin"),
+        offline=config.offline,
     )
 
 

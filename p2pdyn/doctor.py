@@ -1,7 +1,8 @@
 """`p2pdyn doctor`: everything that commonly keeps a peer out of its cluster, checked, each finding with its mend.
 
 This module plans the checks, and does those that need the cluster: seeds, skew of clocks, and whether each peer can be
-reached from here and can call back.  What this host alone can tell is in :mod:`p2pdyn.doctor_host`.
+reached from here and can call back.  What this host alone can tell is in :mod:`p2pdyn.doctor_host` and
+:mod:`p2pdyn.doctor_model`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ class Plan:
     seeds_file: Path | None = None
     at: Address = LOCAL
     at_given: bool = False
+    builtin_models: tuple[str | None, ...] = ()
+    """``--model`` of each worker that runs the builtin engine; None: its own."""
+    offline: bool = False
 
 
 async def examine(plan: Plan) -> list[Finding]:
@@ -64,9 +68,17 @@ async def examine(plan: Plan) -> list[Finding]:
     key_finding, security = check_key(plan)
     findings.append(key_finding)
     findings += await asyncio.to_thread(host_findings)
+    findings += await asyncio.to_thread(check_models, plan)
     findings += await check_seeds(plan)
     findings += await check_cluster(plan, security, listen.hosts)
     return findings
+
+
+def check_models(plan: Plan) -> list[Finding]:
+    from p2pdyn.doctor_model import check_model
+    from p2pdyn.engines.builtin.weights import cache_folder
+
+    return [check_model(model, plan.offline, cache_folder()) for model in dict.fromkeys(plan.builtin_models)]
 
 
 def check_ports(host: str, plan: Plan) -> list[Finding]:

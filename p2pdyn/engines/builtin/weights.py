@@ -56,7 +56,7 @@ def locate(model: str | None, offline: bool, cache: Path, progress: Progress) ->
             )
         return path
     path = cache / FILE
-    if _whole(path):
+    if whole(path):
         return path
     if offline:
         raise EngineError(
@@ -66,7 +66,7 @@ def locate(model: str | None, offline: bool, cache: Path, progress: Progress) ->
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(path, progress, f"another process fetches {DEFAULT_NAME}"):
-            if not _whole(path):
+            if not whole(path):
                 _fetch(path, progress)
     except OSError as error:
         raise EngineError(
@@ -76,7 +76,8 @@ def locate(model: str | None, offline: bool, cache: Path, progress: Progress) ->
     return path
 
 
-def _whole(path: Path) -> bool:
+def whole(path: Path) -> bool:
+    """Whether the default model's file is there in its full size."""
     return path.is_file() and path.stat().st_size == SIZE
 
 
