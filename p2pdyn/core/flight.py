@@ -18,6 +18,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
 from p2pdyn.core.router_simple import Policy, Target
@@ -34,8 +35,7 @@ MAX_WAITING = 1024
 """Requests waiting for a worker; one more is answered 429."""
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """Send ``tokens`` (prompt and output so far) to ``worker`` as this attempt."""
 
     worker: NodeId
@@ -45,8 +45,7 @@ class Dispatch:
     tokens: array[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Abandon:
+class Abandon(NamedTuple):
     """Tell ``worker`` to stop (rid, attempt)."""
 
     worker: NodeId
@@ -211,7 +210,7 @@ class Flights:
     def _route(self, flight: Flight, now: float) -> list[Action]:
         serving = self._serving.get(flight.job.model) or ()
         pin = flight.job.pin
-        ids = [w for w in serving if not pin or w == pin]
+        ids = [w for w in serving if w == pin] if pin else serving
         if len(ids) > 1 and flight.workers:
             # Not straight back to the worker that just failed.
             ids = [w for w in ids if w != flight.workers[-1]] or ids

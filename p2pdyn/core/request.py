@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from p2pdyn.core.types import NodeId, SamplingParams
 
@@ -50,8 +50,7 @@ class Job:
     whole: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a job ended. ``finish`` is stop, length, cancelled or error; ``failure`` is set exactly when it is error."""
 
     finish: str

@@ -41,7 +41,7 @@ class Generations:
         self._metrics = metrics
         self._speeches = Speeches(backend)
         self._loop = asyncio.get_running_loop()
-        self._pacer = Pacer(self._loop, backend.cancel)
+        self._pacer = Pacer(self._loop, backend.cancel, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
         backend.on_batch = self._pacer.batch_done
 
@@ -113,10 +113,9 @@ class Generations:
         shape: type[Shape] = ChatFormat if ask.messages else CompletionFormat
         form = shape(f"{random.getrandbits(96):024x}", ask.model, speech.tokenizer, ask.include_usage)
         silent = _silent(ask, speech)
-        reply = Reply(exchange, self._backend, self._metrics, self._pacer, form, ask, silent, began)
-        reply.prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
-        self._metrics.prompt_tokens += reply.prompt_tokens
-        return reply
+        prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
+        self._metrics.prompt_tokens += prompt_tokens
+        return Reply(exchange, self._backend, self._metrics, self._pacer, form, ask, silent, prompt_tokens, began)
 
 
 async def _answered(exchange: Exchange, rest: Coroutine[Any, Any, None]) -> None:

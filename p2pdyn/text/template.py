@@ -372,7 +372,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _joined(self._bounded(self._template.root_render_func(self._template.new_context(values))))
+            return self._render(values)
         except TemplateError as error:
             raise TemplateError(f"the model's chat template refuses these messages: {error}") from error
         except Exhausted as error:
@@ -380,14 +380,19 @@ class ChatTemplate:
         except Exception as error:  # a template can fail like any program
             raise TemplateError(f"the model's chat template fails on these messages: {_brief(error)}") from error
 
-    @staticmethod
-    def _bounded(pieces: Iterable[str]) -> Iterator[str]:
+    def _render(self, values: dict[str, Any]) -> str:
+        template = self._template
+        # What Template.new_context does, without its walk over a ChainMap of the globals.
+        context = Context(template.environment, {**template.environment.globals, **values}, None, template.blocks)
+        pieces: list[str] = []
         total = 0
-        for piece in pieces:
+        for piece in template.root_render_func(context):
             total += len(piece)
             if total > MAX_TEXT:
                 raise Exhausted("its output is too long")
-            yield piece
+            pieces.append(piece)
+        _spend(total)
+        return "".join(pieces)
 
 
 def _brief(error: BaseException) -> str:

@@ -46,6 +46,9 @@ SAMPLE = (
 )
 
 
+Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
+
 class TokenizerError(ValueError):
     """A tokenizer.json that cannot be used; the message is one sentence."""
 
@@ -187,23 +190,30 @@ class Tokenizer:
 
 
 class ByteDetokenizer:
-    """For byte-level models; ``pending`` holds the bytes of an incomplete character."""
+    """For byte-level models; ``pending`` says that the bytes so far end within a character."""
 
     __slots__ = ("_raw", "_utf8", "pending")
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._raw = tokenizer.raw
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8: codecs.IncrementalDecoder | None = None
+        """Made when first needed: most texts have no character that is cut between tokens."""
         self.pending = False
 
     def push(self, token: int) -> str:
-        text = self._utf8.decode(self._raw(token))
+        data = self._raw(token)
+        if self._utf8 is None:
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                self._utf8 = Utf8Decoder("replace")
+        text = self._utf8.decode(data)
         self.pending = bool(self._utf8.getstate()[0])
         return text
 
     def finish(self) -> str:
         self.pending = False
-        return self._utf8.decode(b"", final=True)
+        return "" if self._utf8 is None else self._utf8.decode(b"", final=True)
 
 
 class StreamDetokenizer:
