@@ -157,6 +157,7 @@ class KvStream:
         self._buffered = 0
         self._open: Fetch | None = None
         self._retry_at = 0.0
+        self._snapshot_at = 0.0
         self._delay = FETCH_RETRY_S
         self._proved = False
         self._heard = 0.0  # when a digest last matched or a repair was complete
@@ -214,7 +215,7 @@ class KvStream:
             return 0.0
         due = []
         if self._needed() and not self._open:
-            due.append(self._retry_at)
+            due.append(self._earliest())
         if self.state in (EXACT, REPLAYING):
             due.append(self._heard + STALE_S)
         return min(due, default=None)
@@ -257,7 +258,8 @@ class KvStream:
         elif (digest.blocks, digest.xor) == (base.blocks, combine(base.xors)):
             self._wrong = self._full = ""
             if not self._open and not self._filling:
-                self._proved, self._heard, self._delay = True, now, FETCH_RETRY_S
+                self._proved, self._heard = True, now
+                self._delay, self._snapshot_at = FETCH_RETRY_S, 0.0
         elif not self._full or now >= self._full_at:
             self._wrong = f"its digest of {digest.blocks} blocks differs from that of the {base.blocks} known here"
 
@@ -351,7 +353,7 @@ class KvStream:
 
     def _ask(self, now: float) -> list[Fetch]:
         what = self._needed()
-        if not what or self._open or now < self._retry_at:
+        if not what or self._open or now < self._earliest():
             return []
         self._tickets += 1
         if what == REPLAY:
@@ -360,17 +362,23 @@ class KvStream:
         else:
             self.counters.snapshots += 1
             self._open = Fetch(self._tickets, what, str(self._rank))
-            self._wait(now)  # until a digest matches: a worker that goes on sending nonsense is asked ever less
+            self._snapshot_at = self._later(
+                now
+            )  # until a digest matches: nonsense without end is asked about ever less
         return [self._open]
 
-    def _wait(self, now: float) -> None:
-        self._retry_at = now + self._delay
-        self._delay = min(2 * self._delay, FETCH_RETRY_MAX_S)
+    def _earliest(self) -> float:
+        """When what is needed may be asked for."""
+        return max(self._retry_at, self._snapshot_at) if self._needed() == SNAPSHOT else self._retry_at
+
+    def _later(self, now: float) -> float:
+        due, self._delay = now + self._delay, min(2 * self._delay, FETCH_RETRY_MAX_S)
+        return due
 
     def _fail(self, now: float) -> None:
         self.counters.failed += 1
         self._open = None
-        self._wait(now)
+        self._retry_at = self._later(now)
 
     def _on_answer(self, fetch: Fetch, data: bytes | None, now: float) -> None:
         try:
@@ -414,7 +422,7 @@ class KvStream:
         if not self._can_drain():
             self._buffer.clear()
             self._buffered = 0
-            self._wait(now)
+            self._retry_at = self._later(now)
         self._trim(base)
         self._top = max(self._buffer, default=base.seq)
 
