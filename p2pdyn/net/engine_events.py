@@ -282,8 +282,8 @@ def local_endpoint(text: str) -> Address:
             if address.host == "localhost" or ipaddress.ip_address(address.host).is_loopback:
                 return address
     raise ValueError(
-        f"{text!r} is not an endpoint of this host: engine events travel unencrypted, so give tcp://127.0.0.1:PORT "
-        "or ipc://PATH, and let the engine bind it"
+        f"{text!r} is not an endpoint of this host, and engine events travel unencrypted: give tcp://127.0.0.1:PORT or "
+        "ipc://PATH"
     )
 
 

@@ -165,6 +165,48 @@ def test_a_publisher_that_restarted_is_noticed_wherever_it_counts(published: int
     assert follower.blocks == publisher.blocks
 
 
+def test_nothing_is_applied_after_a_new_connection_before_it_is_known_whose_it_is() -> None:
+    publisher, follower = started()
+    for block in (1, 2, 3):
+        follower.live(publisher.publish(f"+{block}"))
+    follower.cursor.disconnected()
+    publisher = Publisher(2, 100)
+    for block in (11, 12, 13):
+        publisher.publish(f"+{block}")
+    follower.connect()
+    follower.live(publisher.publish("+14"))  # just the seq that the old one would have had next
+    assert follower.blocks == {1, 2, 3}
+    follower.settle(publisher)
+    assert (follower.cursor.state, follower.blocks) == ("exact", {11, 12, 13, 14})
+
+
+def test_a_replay_that_fits_but_cannot_show_whose_it_is_counts_as_lost() -> None:
+    publisher, follower = started()
+    for block in (1, 2, 3):
+        follower.live(publisher.publish(f"+{block}"))
+    follower.cursor.disconnected()
+    publisher = Publisher(2, 2)
+    for block in range(11, 16):
+        publisher.publish(f"+{block}")
+    follower.connect()
+    follower.settle(publisher)
+    assert (follower.cursor.state, follower.blocks) == ("degraded", {14, 15})
+
+
+def test_a_replay_asked_for_before_the_gap_does_not_count_it_as_lost() -> None:
+    publisher, follower = started()
+    follower.live(publisher.publish("+1"))
+    follower.do(follower.cursor.probe())
+    answers = publisher.replay(0)
+    publisher.publish("+2")
+    follower.live(publisher.publish("+3"))
+    for message in answers:
+        follower.do(follower.cursor.replayed(*message, hash(message[1])))
+    follower.do(follower.cursor.replay_ended())
+    follower.settle(publisher)
+    assert (follower.cursor.state, follower.blocks, follower.cursor.lost) == ("exact", {1, 2, 3}, 0)
+
+
 def test_seq_0_again_is_a_new_publisher_even_without_a_connection_told() -> None:
     publisher, follower = started()
     for block in (1, 2):
