@@ -15,10 +15,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from struct import Struct
 
 from p2pdyn.engines.base import BlocksRemoved, BlocksStored, KvEvent
 
 KEY_BYTES = 16
+_HASH = Struct("<Q8x")
 
 
 class PagedBlocks:
@@ -32,7 +34,7 @@ class PagedBlocks:
         self._by_key: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._log: list[KvEvent] = []
-        self._removed: list[int] = []
+        self._removed: list[bytes] = []
 
     @property
     def available(self) -> int:
@@ -57,7 +59,14 @@ class PagedBlocks:
             return None
         for block in found:
             self._acquire(block)
-        return found + [self.allocate() for _ in range(total - len(found))], len(found)
+        fresh = total - len(found)
+        self._evict(fresh - len(self._free))
+        taken = sorted(self._free[len(self._free) - fresh :])  # in a row, they are cheaper to read
+        del self._free[len(self._free) - fresh :]
+        refs = self._refs
+        for block in taken:
+            refs[block] = 1
+        return found + taken, len(found)
 
     def cached(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest cached prefix."""
@@ -74,28 +83,37 @@ class PagedBlocks:
 
         Raises KeyError unless :attr:`available` is positive.
         """
-        if self._free:
-            block = self._free.pop()
-        else:
-            block, _ = self._idle.popitem(last=False)
-            key = self._keys[block]
-            assert key is not None
-            self._keys[block] = None
-            del self._by_key[key]
-            self._removed.append(hash_of(key))
+        self._evict(1 - len(self._free))
+        block = self._free.pop()
         self._refs[block] = 1
         return block
 
-    def register(self, block: int, key: bytes) -> tuple[int, bool]:
-        """Make a full block reusable under ``key``: (the block to use from now on, whether the key is new)."""
-        first = self._by_key.get(key)
-        if first is None:
-            self._by_key[key] = block
-            self._keys[block] = key
-            return block, True
-        self._acquire(first)
-        self.release((block,))
-        return first, False
+    def _evict(self, count: int) -> None:
+        """Free the least recently used idle blocks."""
+        idle, keys, by_key = self._idle, self._keys, self._by_key
+        for _ in range(count):
+            block, _ = idle.popitem(last=False)
+            key = keys[block]
+            assert key is not None
+            keys[block] = None
+            del by_key[key]
+            self._removed.append(key)
+            self._free.append(block)
+
+    def register(self, blocks: list[int], keys: Sequence[bytes], start: int, stop: int) -> int:
+        """Make a sequence's full blocks from ``start`` to before ``stop`` reusable under their keys. Where a key is
+        known, its block takes the place of the sequence's. Returns the first that was new: by rules 2 and 3, so are
+        all behind it."""
+        by_key, known = self._by_key, self._keys
+        while start < stop and (first := by_key.get(keys[start])) is not None:
+            self._acquire(first)
+            self.release((blocks[start],))
+            blocks[start] = first
+            start += 1
+        for block, key in zip(blocks[start:stop], keys[start:stop], strict=True):
+            by_key[key] = block
+            known[block] = key
+        return start
 
     def release(self, blocks: Iterable[int]) -> None:
         """Drop one reference each, in this order: pass a sequence's blocks from its end."""
@@ -126,7 +144,7 @@ class PagedBlocks:
 
     def _flush_removed(self) -> None:
         if self._removed:
-            self._log.append(BlocksRemoved(tuple(self._removed)))
+            self._log.append(BlocksRemoved(hashes_of(self._removed)))
             self._removed.clear()
 
     def check(self, held: Iterable[Sequence[int]]) -> None:
@@ -148,6 +166,11 @@ class PagedBlocks:
 def hash_of(key: bytes) -> int:
     """The number by which events and reports name a block."""
     return int.from_bytes(key[:8], "little")
+
+
+def hashes_of(keys: Iterable[bytes]) -> tuple[int, ...]:
+    """:func:`hash_of` of each."""
+    return tuple([number for (number,) in _HASH.iter_unpack(b"".join(keys))])
 
 
 def root_key(salt: str, lora: str) -> bytes:

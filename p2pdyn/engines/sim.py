@@ -31,7 +31,7 @@ from p2pdyn.engines.base import (
     Sequence,
     Step,
 )
-from p2pdyn.engines.paged import PagedBlocks, hash_of
+from p2pdyn.engines.paged import PagedBlocks, hash_of, hashes_of
 from p2pdyn.engines.sim_args import SimArgs
 from p2pdyn.engines.sim_cache import KvPool
 from p2pdyn.engines.sim_model import FEATURES
@@ -235,7 +235,6 @@ class SimEngine:
             return False
         del self._waiting[run.key]
         run.blocks, run.registered = got
-        run.blocks[run.registered :] = sorted(run.blocks[run.registered :])
         self._look(run)
         run.computed = run.registered * size
         self._backlog -= run.computed
@@ -271,18 +270,18 @@ class SimEngine:
         """Write tokens up to ``upto``; True when that is all of them. An aborted sequence is passed over."""
         if self._prefilling.get(run.key) is not run:
             return False
-        size, pool = self.args.block_size, self.pool
-        self._backlog -= upto - run.computed
-        data = run.tokens[run.computed : upto].tobytes()
-        start = position = run.computed
-        while position < upto:
-            index = position // size
-            if not position % size:
-                run.tail = bytes(pool.view(run.blocks[index - 1])) if index else run.root
-            end = min(upto, (index + 1) * size)
-            run.tail += data[4 * (position - start) : 4 * (end - start)]
-            pool.view(run.blocks[index])[:] = pool.content(run.tail)
-            position = end
+        size, pool, start = self.args.block_size, self.pool, run.computed
+        self._backlog -= upto - start
+        first, into = divmod(start, size)
+        parent = run.tail if into or not first else bytes(pool.view(run.blocks[first - 1]))
+        data, content, at = run.tokens[start:upto].tobytes(), pool.content, 0
+        contents: list[bytes] = []
+        for stop in range(4 * (size - into), len(data) + 4 * size, 4 * size):
+            run.tail = parent + data[at:stop]
+            parent = content(run.tail)
+            contents.append(parent)
+            at = stop
+        pool.write(run.blocks[first : first + len(contents)], contents)
         run.computed = upto
         self._register(run)
         if upto < len(run.tokens):
@@ -304,13 +303,13 @@ class SimEngine:
         ring, first = self._vocabulary.ring, self._vocabulary.first
         size, join, digest, add = len(first), b"".join, xxh3_64_intdigest, outputs.append
         for run in runs:
-            position = run.computed
+            position, spans = run.computed, run.spans
+            chosen = digest(join(spans) if len(spans) > 1 else spans[0])
             rows: tuple[Row, ...] = ()
             if run.careful is None:
                 rank = draw(run.odds, run.seed, position) if run.odds else 0
-                token = ring[first[digest(join(run.spans)) % size] + rank]
+                token = ring[first[chosen % size] + rank]
             else:
-                chosen = digest(join(run.spans))
                 token, rows = run.careful.choose(chosen, run.seed, position, position - run.prompt_len)
             run.tokens.append(token)
             finish = "length" if position + 1 >= run.end else ""
@@ -330,18 +329,16 @@ class SimEngine:
         """Make the blocks that have become full reusable, and log those that are new."""
         size, cache, known = self.args.block_size, self.cache, run.registered
         run.registered = full = run.computed // size
-        new = full
-        for index in range(known, full):
-            if index == len(run.keys):
-                content = run.tokens[index * size : (index + 1) * size].tobytes()
-                run.keys.append(xxh3_128_digest((run.keys[-1] if index else run.root) + content))
-            run.blocks[index], is_new = cache.register(run.blocks[index], run.keys[index])
-            if is_new:
-                new = min(new, index)
+        if full == known:
+            return
+        for index in range(len(run.keys), full):
+            content = run.tokens[index * size : (index + 1) * size].tobytes()
+            run.keys.append(xxh3_128_digest((run.keys[-1] if index else run.root) + content))
+        new = cache.register(run.blocks, run.keys, known, full)
         if new > known:
             self._look(run)
-        if new < full:  # what follows a new block is new, by rules 2 and 3 of the cache
-            hashes = tuple(hash_of(key) for key in run.keys[new:full])
+        if new < full:
+            hashes = hashes_of(run.keys[new:full])
             parent = hash_of(run.keys[new - 1]) if new else None
             tokens = tuple(run.tokens[new * size : full * size])
             cache.stored(BlocksStored(hashes, parent, tokens, run.params.cache_salt, run.params.lora))

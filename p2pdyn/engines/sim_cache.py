@@ -25,6 +25,13 @@ class KvPool:
         start = block * self.stride
         return self.data[start : start + self.stride]
 
+    def write(self, blocks: Sequence[int], contents: Sequence[bytes]) -> None:
+        """Write each block's bytes: one copy for each run of neighbours."""
+        data, at = b"".join(contents), 0
+        for view in self.spans(blocks):
+            view[:] = data[at : at + len(view)]
+            at += len(view)
+
     def _wide(self, digest_of: bytes) -> bytes:
         return b"".join([xxh3_128_digest(digest_of, seed) for seed in range(self.stride // UNIT)])
 

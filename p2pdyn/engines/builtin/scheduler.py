@@ -13,7 +13,7 @@ from bisect import insort
 
 from p2pdyn.core.types import SamplingParams
 from p2pdyn.engines.base import BlocksStored, Sequence
-from p2pdyn.engines.paged import PagedBlocks, hash_of, next_key, root_key
+from p2pdyn.engines.paged import PagedBlocks, hash_of, hashes_of, next_key, root_key
 
 
 class Run:
@@ -106,16 +106,12 @@ class Scheduler:
         run.computed = upto
         size, known, full = self.block_size, run.registered, upto // self.block_size
         run.name(full, size)
-        new = full
-        for index in range(known, full):
-            run.blocks[index], is_new = self.cache.register(run.blocks[index], run.keys[index])
-            if is_new:
-                new = min(new, index)
+        new = self.cache.register(run.blocks, run.keys, known, full)
         run.registered = full
-        if new < full:  # what follows a new block is new, by rules 2 and 3 of the cache
+        if new < full:
             self.cache.stored(
                 BlocksStored(
-                    tuple(hash_of(key) for key in run.keys[new:full]),
+                    hashes_of(run.keys[new:full]),
                     hash_of(run.keys[new - 1]) if new else None,
                     tuple(run.tokens[new * size : full * size]),
                     run.params.cache_salt,
@@ -136,7 +132,6 @@ class Scheduler:
         if got is None:
             return False
         run.blocks, run.registered = got
-        run.blocks[run.registered :] = sorted(run.blocks[run.registered :])  # in a row, attention copies nothing
         run.computed = run.registered * size
         if not run.cached:
             run.cached = min(run.computed, run.prompt_len)
