@@ -30,7 +30,7 @@ class Gate:
         self._keys = keys
 
     def refuse(self, method: str, path: str, fields: dict[bytes, bytes]) -> HttpError | None:
-        if path not in OPEN and not self._keys.accept(fields.get(b"authorization")):
+        if self._keys.required and path not in OPEN and not self._keys.accept(fields.get(b"authorization")):
             message = "The API key is missing or wrong: send it as 'Authorization: Bearer KEY'."
             return HttpError(401, message, "invalid_api_key", headers=b"www-authenticate: Bearer\r\n")
         if path in GENERATIONS:

@@ -162,7 +162,7 @@ class CarefulChoice(Choice):
         super().__init__(reply, index, prompt)
         ask = reply.ask
         self._stream = ask.stream
-        self._heads = reply.form.heads(index)
+        self._heads = reply.form.heads(index) if ask.stream else ()
         self._detokenizer = reply.form.tokenizer.detokenizer()
         self._matcher = StopMatcher(ask.stops) if ask.stops else None
         self._entries: list[dict[str, Any]] | None = None if ask.params.logprobs is None else []

@@ -34,14 +34,15 @@ class Format:
     prefix = ""
     middle = b""
 
-    def __init__(self, name: str, model: str, tokenizer: Tokenizer, usage_null: bool) -> None:
+    def __init__(self, name: str, model: str, tokenizer: Tokenizer, stream: bool, usage_null: bool) -> None:
         self.tokenizer = tokenizer
         self.base: dict[str, Any] = {"id": self.prefix + name, "created": int(time.time()), "model": model}
-        self._open = orjson.dumps({**self.base, "object": self.chunk_object})[:-1]
-        self._nothing = {"usage": None} if usage_null else {}
-        self.end = b',"finish_reason":null}]%b}\n\n' % (b',"usage":null' if usage_null else b"")
-        self.tail = self.middle + b"null" + self.end
-        """What stands behind a token without logprobs."""
+        if stream:
+            self._open = orjson.dumps({**self.base, "object": self.chunk_object})[:-1]
+            self._nothing = {"usage": None} if usage_null else {}
+            self.end = b',"finish_reason":null}]%b}\n\n' % (b',"usage":null' if usage_null else b"")
+            self.tail = self.middle + b"null" + self.end
+            """What stands behind a token without logprobs."""
 
     def _chunk_head(self, index: int) -> bytes:
         return b'data: %b,"choices":[{"index":%d,' % (self._open, index)

@@ -111,7 +111,7 @@ class Generations:
 
     def _reply(self, exchange: Exchange, ask: Ask, prompts: list[Prompt], speech: Speech, began: float) -> Reply:
         shape: type[Shape] = ChatFormat if ask.messages else CompletionFormat
-        form = shape(f"{random.getrandbits(96):024x}", ask.model, speech.tokenizer, ask.include_usage)
+        form = shape(f"{random.getrandbits(96):024x}", ask.model, speech.tokenizer, ask.stream, ask.include_usage)
         silent = _silent(ask, speech)
         prompt_tokens = sum(len(tokens) for tokens, _ in prompts)
         self._metrics.prompt_tokens += prompt_tokens
@@ -130,10 +130,8 @@ def _jobs(exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int]) 
     fields = exchange.fields
     pin, session = _routing(fields, b"x-p2pdyn-pin"), _routing(fields, b"x-p2pdyn-session")
     name, trace = exchange.request_id.decode(), fields.get(b"traceparent", b"")
-    trace = trace if TRACEPARENT.fullmatch(trace) else b""
+    trace = trace if trace and TRACEPARENT.fullmatch(trace) else b""
     whole = not (ask.stream or ask.stops or ask.params.logprobs is not None)
-    if ask.params.seed is None and ask.params.temperature > 0:
-        ask.params.seed = random.getrandbits(63)  # another worker must be able to go on with the same stream
     jobs: list[tuple[Job, int, str]] = []
     for number, (tokens, echo) in enumerate(prompts):
         most = ask.max_tokens or (room[number] if ask.messages else min(COMPLETION_TOKENS, room[number]))
@@ -159,8 +157,10 @@ def _routing(fields: dict[bytes, bytes], name: bytes) -> str:
 
 def _silent(ask: Ask, speech: Speech) -> frozenset[int]:
     """Ids that end the sequence and are ordinary text to the tokenizer: they are counted but not shown."""
-    ends = {*ask.params.stop_token_ids, *(() if ask.params.ignore_eos else speech.card.eos_token_ids)}
-    return frozenset(token for token in ends if not speech.tokenizer.is_special(token))
+    ends = frozenset() if ask.params.ignore_eos else speech.plain_ends
+    if ask.params.stop_token_ids:
+        ends = ends.union(token for token in ask.params.stop_token_ids if not speech.tokenizer.is_special(token))
+    return ends
 
 
 def _chat_text(ask: Ask, speech: Speech) -> str:

@@ -120,6 +120,10 @@ FEATURE_OF: Mapping[str, tuple[str, Any]] = {
     "repetition_penalty": ("penalties", 1.0),
 }
 """Parameter: (the engine feature that honours it, the value that asks for nothing)."""
+PARAMS = frozenset(
+    {"min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", "priority", "cache_salt"}
+).union(FEATURE_OF)
+"""Fields that are sampling parameters of the same name."""
 
 
 @dataclass(slots=True)
@@ -212,7 +216,7 @@ def completion_ask(content: dict[str, Any], card: ModelCard) -> Ask:
 
 def _ask(given: dict[str, Any], card: ModelCard, logprobs: int | None) -> Ask:
     stream = given.get("stream", False)
-    options = checked(given.get("stream_options", {}), STREAM_OPTIONS, "stream_options.")
+    options = checked(given["stream_options"], STREAM_OPTIONS, "stream_options.") if "stream_options" in given else {}
     if options and not stream:
         raise bad("stream_options needs stream: true.", "stream_options")
     ask = Ask(
@@ -237,37 +241,43 @@ STREAM_OPTIONS: Mapping[str, Check] = {
 
 
 def _params(given: dict[str, Any], card: ModelCard, logprobs: int | None) -> SamplingParams:
-    features, defaults = card.features, card.generation
-    for name, (feature, nothing) in FEATURE_OF.items():
-        if feature not in features and given.get(name, nothing) != nothing:
+    features = card.features
+    for name in given.keys() & FEATURE_OF.keys():
+        feature, nothing = FEATURE_OF[name]
+        if feature not in features and given[name] != nothing:
             raise _not_honoured(name)
     if logprobs is not None and "logprobs" not in features:
         raise _not_honoured("logprobs")
-    temperature = given.get("temperature", defaults.get("temperature", 1.0))
-    seed = given.get("seed")
-    if temperature > 0:
-        seed = random.getrandbits(63) if seed is None else seed & SEED_MASK
-    return SamplingParams(
-        min_tokens=given.get("min_tokens", 0),
-        temperature=temperature,
-        top_p=given.get("top_p", defaults.get("top_p") or 1.0),
-        top_k=max(0, given.get("top_k", int(defaults.get("top_k", 0)))),
-        min_p=given.get("min_p", defaults.get("min_p", 0.0) if "min_p" in features else 0.0),
-        repetition_penalty=given.get("repetition_penalty", _default_penalty(card)),
-        presence_penalty=given.get("presence_penalty", 0.0),
-        frequency_penalty=given.get("frequency_penalty", 0.0),
-        seed=seed if temperature > 0 else None,
-        stop_token_ids=tuple(given.get("stop_token_ids", ())),
-        ignore_eos=given.get("ignore_eos", False),
-        logprobs=logprobs,
-        guided=_guided(given.get("response_format"), features),
-        priority=given.get("priority", 0),
-        cache_salt=given.get("cache_salt", ""),
-    )
+    values = _defaults(card)
+    for name in given.keys() & PARAMS:
+        values[name] = given[name]
+    params = SamplingParams(**values)
+    params.top_k = max(0, params.top_k)
+    if params.temperature == 0:
+        params.seed = None
+    elif params.seed is None:
+        params.seed = random.getrandbits(63)  # another worker must be able to go on with the same stream
+    else:
+        params.seed &= SEED_MASK
+    params.stop_token_ids = tuple(given.get("stop_token_ids", ()))
+    params.logprobs = logprobs
+    params.guided = _guided(given.get("response_format"), features)
+    return params
 
 
-def _default_penalty(card: ModelCard) -> float:
-    return card.generation.get("repetition_penalty", 1.0) or 1.0 if "penalties" in card.features else 1.0
+def _defaults(card: ModelCard) -> dict[str, Any]:
+    """What the model's makers recommend, as far as the engine does it."""
+    found: dict[str, Any] = {}
+    for name, value in card.generation.items():
+        if name == "temperature" or (name == "top_p" and value):
+            found[name] = value
+        elif name == "top_k":
+            found[name] = int(value)
+        elif (name == "min_p" and name in card.features) or (
+            name == "repetition_penalty" and value and "penalties" in card.features
+        ):
+            found[name] = value
+    return found
 
 
 def _not_honoured(name: str) -> HttpError:

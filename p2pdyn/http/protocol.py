@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 NOT_SENT_LOW = 64 * 1024
 """Bytes that the kernel may hold unsent: beyond it they stay, counted, with us (TCP_NOTSENT_LOWAT)."""
+
+PLAIN_PATH = re.compile(rb"(?:/[a-z0-9]+)+")
 
 IDLE, HEADER, BODY = "idle", "header", "body"
 
@@ -355,6 +358,8 @@ class Connection(asyncio.Protocol):
 
 def _path(url: bytes) -> str:
     """The path of a request target, unescaped. Raises Refused."""
+    if PLAIN_PATH.fullmatch(url):
+        return url.decode()
     try:
         path = (httptools.parse_url(url).path or b"/").decode("ascii")
     except (httptools.HttpParserError, UnicodeDecodeError):

@@ -19,10 +19,11 @@ MAX_MODELS = 64
 @dataclass(frozen=True, slots=True)
 class Speech:
     """How to speak text with one model. ``template`` is None for a model without one, or with one that is not usable:
-    then ``no_chat`` says so."""
+    then ``no_chat`` says so. ``plain_ends`` are ids that end a sequence and are ordinary text to the tokenizer."""
 
     card: ModelCard
     tokenizer: Tokenizer
+    plain_ends: frozenset[int]
     template: ChatTemplate | None
     no_chat: str = ""
 
@@ -30,12 +31,13 @@ class Speech:
     def of(cls, card: ModelCard) -> Speech:
         """Takes up to a second: call it in a thread. Raises TokenizerError."""
         tokenizer = Tokenizer(card.tokenizer_json)
+        ends = frozenset(token for token in card.eos_token_ids if not tokenizer.is_special(token))
         if not card.chat_template:
-            return cls(card, tokenizer, None, "this model has no chat template: use /v1/completions")
+            return cls(card, tokenizer, ends, None, "this model has no chat template: use /v1/completions")
         try:
-            return cls(card, tokenizer, ChatTemplate(card.chat_template, card.bos_token, card.eos_token))
+            return cls(card, tokenizer, ends, ChatTemplate(card.chat_template, card.bos_token, card.eos_token))
         except TemplateError as error:
-            return cls(card, tokenizer, None, f"{error}: use /v1/completions")
+            return cls(card, tokenizer, ends, None, f"{error}: use /v1/completions")
 
 
 class Speeches:

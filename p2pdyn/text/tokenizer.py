@@ -25,8 +25,8 @@ from tokenizers.decoders import DecodeStream
 
 LONG_TEXT = 8 * 1024
 """Characters: longer text should be encoded in a thread (8 ms here), and does not go through the pieces."""
-MAX_PIECES = 50_000
-"""Entries of the piece cache: some 10 MB when full; it then starts anew."""
+MAX_PIECES = 16_384
+"""Entries of the piece cache: some 4 MB when full; it then starts anew."""
 MAX_PIECE = 64
 """Characters: the last word of a prompt carries the template's closing, some 40 characters."""
 MARK = " "
@@ -123,7 +123,7 @@ class Tokenizer:
     def _complete(self, words: list[str], found: list[bytes | None]) -> None:
         """Encode what is missing, together with the words that no cut parts it from."""
         position = 0
-        while None in found[position:]:
+        while None in found:
             position = found.index(None, position)
             start, end = position, position + 1
             while start > 0 and not _is_cut(words[start - 1], words[start]):
