@@ -18,7 +18,7 @@ from typing import Any
 
 from p2pdyn import settings
 from p2pdyn.constants import DEFAULT_PORT
-from p2pdyn.core.router_simple import DEFAULT_POLICY
+from p2pdyn.core.router_cost import DEFAULT_POLICY
 from p2pdyn.core.types import AGGREGATED, FRONTEND, Address
 from p2pdyn.settings import GPU_ENGINES, SETTINGS, BadValue
 

@@ -19,7 +19,6 @@ from typing import Any
 from p2pdyn import __version__
 from p2pdyn.config import Config, ConfigError, ReadyInfo, StartError
 from p2pdyn.constants import HASH_SEED
-from p2pdyn.core.router_simple import make_policy
 from p2pdyn.core.types import (
     DRAINING,
     LOADING,
@@ -184,7 +183,8 @@ class Node:
             sockets,
             self.data.node,
             self.data.epoch,
-            make_policy(config.router, self.rng),
+            config.router,
+            self.rng,
             eager=config.http_given,
             suspect=lambda node: self.mesh.probe(node),
             report=self.report,
@@ -341,11 +341,17 @@ class Node:
 
     def report(self) -> dict[str, Any]:
         """What `p2pdyn peers --json` prints."""
-        loads: dict[NodeId, Load] = dict(self.dispatcher.loads) if self.dispatcher is not None else {}
+        loads: dict[NodeId, Load] = {}
+        streams: dict[NodeId, dict[str, Any]] = {}
+        incompatible: dict[NodeId, str] = {}
+        if self.dispatcher is not None:
+            loads, streams = self.dispatcher.loads_report(), self.dispatcher.streams_report()
+            incompatible = self.dispatcher.catalog.incompatible
         if self.worker is not None:
             loads[self.data.node] = self.worker.load
-        incompatible = self.dispatcher.catalog.incompatible if self.dispatcher is not None else {}
-        return cluster_report(self.config.cluster, self.mesh, loads, incompatible)
+            if self.worker.kv is not None:
+                streams[self.data.node] = self.worker.kv.report()
+        return cluster_report(self.config.cluster, self.mesh, loads, streams, incompatible)
 
     def _changed(self, peer: Peer, was: str | None) -> None:
         if peer.id == self.data.node:

@@ -15,10 +15,17 @@ if TYPE_CHECKING:
 
 
 def cluster_report(
-    cluster: str, mesh: Mesh, loads: Mapping[NodeId, Load], incompatible: Mapping[NodeId, str]
+    cluster: str,
+    mesh: Mesh,
+    loads: Mapping[NodeId, Load],
+    streams: Mapping[NodeId, dict[str, Any]],
+    incompatible: Mapping[NodeId, str],
 ) -> dict[str, Any]:
-    """``loads`` holds what is known of workers' loads, one's own included; the others' are null."""
-    peers = [_peer(peer, loads.get(peer.id), incompatible.get(peer.id)) for peer in mesh.peers.values()]
+    """``loads`` and ``streams`` hold what is known of workers' loads and KV caches, one's own included; the others'
+    are null, and NEW."""
+    peers = [
+        _peer(peer, loads.get(peer.id), streams.get(peer.id), incompatible.get(peer.id)) for peer in mesh.peers.values()
+    ]
     peers.sort(key=lambda peer: (str(peer["name"]), str(peer["id"])))
     return {
         "cluster": cluster,
@@ -29,7 +36,7 @@ def cluster_report(
     }
 
 
-def _peer(peer: Peer, load: Load | None, incompatible: str | None) -> dict[str, Any]:
+def _peer(peer: Peer, load: Load | None, kv: dict[str, Any] | None, incompatible: str | None) -> dict[str, Any]:
     info = peer.info
     state, detail = (info.state, info.detail) if peer.state == "alive" else (peer.state, "")
     if incompatible is not None and state == READY:
@@ -58,7 +65,7 @@ def _peer(peer: Peer, load: Load | None, incompatible: str | None) -> dict[str, 
             "kv_used": load.kv_used if load else None,
             "kv_total": load.kv_total if load else None,
         },
-        "kv": {"stream": "NEW", "seq": 0, "blocks": 0},
+        "kv": kv or {"stream": "NEW", "seq": 0, "blocks": 0, "why": ""},
     }
 
 

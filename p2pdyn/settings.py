@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from p2pdyn.constants import DEFAULT_PORT
-from p2pdyn.core.router_simple import POLICIES
+from p2pdyn.core.router_cost import POLICIES
 from p2pdyn.core.types import ROLES, Address
 
 ENGINES = ("builtin", "sim", "vllm", "sglang", "trtllm", "none")

@@ -3,6 +3,7 @@
 States of a flight and the way out of each (one release for all of them, :meth:`Flights._release`):
 
     waiting   no routable worker yet      -> running, failed (deadline), cancelled
+    queued    all workers are saturated   -> running, waiting, failed (deadline), cancelled
     running   a worker has it             -> done, failed, cancelled, running on another worker (migration), waiting
 
 A token frame carries (attempt, offset of its first token).  An older attempt is dropped; a hole in the offsets counts
@@ -16,12 +17,13 @@ rerun while the client has seen nothing, and fails with ``worker_lost`` after th
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
-from p2pdyn.core.router_simple import Policy, Target
+from p2pdyn.core.router import Decision
+from p2pdyn.core.routes import Routes, Serving
 from p2pdyn.core.types import Load, NodeId
 from p2pdyn.wire.requests import Row
 
@@ -43,6 +45,7 @@ class Dispatch(NamedTuple):
     attempt: int
     job: Job
     tokens: array[int]
+    rank: int = 0
 
 
 class Abandon(NamedTuple):
@@ -63,6 +66,8 @@ class Flight:
     sink: Sink
     since: float
     """When it was dispatched, or began to wait."""
+    prefilling: bool = False
+    """It has been sent to its worker, and no token of this attempt has come."""
     worker: NodeId | None = None
     attempt: int = 0
     received: int = 0
@@ -72,58 +77,63 @@ class Flight:
 
 
 class Flights:
-    """Pure; the sinks that it calls belong to the caller. ``targets`` is who may be routed to now, by model."""
+    """Pure; the sinks that it calls belong to the caller. ``on_decision(rid, decision)`` sees each routing decision
+    before anything else happens."""
 
-    def __init__(self, policy: Policy, read_logprobs: Callable[[bytes], Logprobs]) -> None:
-        self._policy = policy
+    def __init__(
+        self,
+        routes: Routes,
+        read_logprobs: Callable[[bytes], Logprobs],
+        on_decision: Callable[[int, Decision], None] | None = None,
+    ) -> None:
+        self.routes = routes
         self._read_logprobs = read_logprobs
+        self._on_decision = on_decision
         self._next_rid = 1
         self.open: dict[int, Flight] = {}
         self._waiting: dict[int, Flight] = {}
         self._at: dict[NodeId, dict[int, Flight]] = {}
-        self._targets: dict[NodeId, Target] = {}
-        self._serving: dict[str, list[NodeId]] = {}
         self.migrations = 0
         self.holes = 0
         self.stale = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        """Of all prompts whose first token has come, and of these what was in the worker's prefix cache."""
 
     # Who may be routed to.
 
-    def routable(self, serving: dict[str, list[NodeId]], now: float) -> list[Action]:
+    def routable(self, serving: Mapping[str, Serving], now: float) -> list[Action]:
         """Take over who serves which model; waiting requests that now can start do."""
-        self._serving = serving
-        named = {worker for workers in serving.values() for worker in workers}
-        for worker in named - self._targets.keys():
-            self._targets[worker] = Target(worker, mine=len(self._at.get(worker, ())))
-        for worker in self._targets.keys() - named:
-            if not self._at.get(worker):
-                del self._targets[worker]
+        self.routes.update(serving)
         actions: list[Action] = []
-        for flight in [f for f in self._waiting.values() if serving.get(f.job.model)]:
+        for flight in [f for f in self._waiting.values() if self.routes.serves(f.job.model)]:
             actions += self._route(flight, now)
-        return actions
+        return actions + self._admit(now)
 
-    def report(self, worker: NodeId, load: Load) -> None:
-        """A worker's load event."""
-        target = self._targets.get(worker)
-        if target is not None:
-            target.report(load)
+    def report(self, worker: NodeId, rank: int, load: Load, now: float) -> list[Action]:
+        """A worker's load event: there may be room again."""
+        self.routes.report(worker, rank, load, now)
+        return self._admit(now)
 
     # One request.
 
     def submit(self, job: Job, sink: Sink, now: float) -> tuple[int, list[Action]]:
         """Open a flight; raises Rejected if too many wait already."""
-        if not self._serving.get(job.model) and len(self._waiting) >= MAX_WAITING:
+        if not self.routes.serves(job.model) and len(self._waiting) >= MAX_WAITING:
             raise Rejected(Failure(429, "overloaded", "Too many requests are waiting for a worker; retry later.", 1))
         flight = Flight(self._next_rid, job, sink, now)
         self._next_rid += 1
+        if not job.pin and self.routes.must_wait(job.model, now):
+            self.routes.wait(flight.rid, job, now)
+            self.open[flight.rid] = flight
+            return flight.rid, self._admit(now)
         self.open[flight.rid] = flight
         return flight.rid, self._route(flight, now)
 
-    def cancel(self, rid: int) -> list[Action]:
+    def cancel(self, rid: int, now: float) -> list[Action]:
         """The client is gone, or a stop string was found: the sink hears nothing more."""
         flight = self.open.get(rid)
-        return [] if flight is None else self._release(flight)
+        return [] if flight is None else self._release(flight, now) + self._admit(now)
 
     def tokens(self, worker: NodeId, deltas: Sequence[Row], now: float) -> list[Action]:
         """One engine step's tokens. The hot path: one dict look-up and one sink call a delta."""
@@ -143,6 +153,8 @@ class Flights:
                 actions += self._lost(flight, f"token frames from worker {worker} were lost", now)
                 continue
             if tokens:
+                if flight.prefilling:
+                    self._first_token(flight, cached, now)
                 flight.received = offset + len(tokens)
                 flight.output.extend(tokens)
                 flight.sink.on_tokens(
@@ -150,6 +162,8 @@ class Flights:
                 )
             if finish:
                 actions += self._finish(flight, finish, now)
+        if self.routes.crowded:
+            actions += self._admit(now)
         return actions
 
     def refused(self, worker: NodeId, rid: int, attempt: int, code: str, reason: str, now: float) -> list[Action]:
@@ -158,23 +172,20 @@ class Flights:
         if flight is None or flight.attempt != attempt:
             return []
         if code == "invalid":
-            return self._fail(flight, Failure(400, "invalid_request", reason))
+            return self._fail(flight, Failure(400, "invalid_request", reason), now)
         if code == "overload" and flight.attempt >= MIGRATION_LIMIT:
-            return self._fail(flight, Failure(429, "overloaded", reason, 1))
+            return self._fail(flight, Failure(429, "overloaded", reason, 1), now)
         return self._lost(flight, reason, now)
 
     # Workers and time.
 
     def worker_lost(self, worker: NodeId, reason: str, now: float) -> list[Action]:
         """Everything that it had goes elsewhere."""
-        for workers in self._serving.values():
-            if worker in workers:
-                workers.remove(worker)
+        self.routes.lost(worker)
         actions: list[Action] = []
         for flight in list(self._at.get(worker, {}).values()):
             actions += self._lost(flight, reason, now, tell=False)
-        self._targets.pop(worker, None)
-        return actions
+        return actions + self._admit(now)
 
     def open_at(self, worker: NodeId) -> int:
         return len(self._at.get(worker, ()))
@@ -199,8 +210,10 @@ class Flights:
         actions: list[Action] = []
         for flight in [f for f in self._waiting.values() if f.since + WAIT_S <= now]:
             message = f"No ready worker for model {flight.job.model!r} could be reached; retry in a moment."
-            actions += self._fail(flight, Failure(503, "no_ready_worker", message, 1))
-        return actions
+            actions += self._fail(flight, Failure(503, "no_ready_worker", message, 1), now)
+        for rid, failure in self.routes.overdue(now):
+            actions += self._fail(self.open[rid], failure, now)
+        return actions + self._admit(now)
 
     def next_deadline(self) -> float | None:
         return min((flight.since + WAIT_S for flight in self._waiting.values()), default=None)
@@ -208,71 +221,83 @@ class Flights:
     # Inside.
 
     def _route(self, flight: Flight, now: float) -> list[Action]:
-        serving = self._serving.get(flight.job.model) or ()
-        pin = flight.job.pin
-        ids = [w for w in serving if w == pin] if pin else serving
-        if len(ids) > 1 and flight.workers:
-            # Not straight back to the worker that just failed.
-            ids = [w for w in ids if w != flight.workers[-1]] or ids
-        if not ids:
+        job = flight.job
+        tokens = job.tokens + flight.output if flight.output else job.tokens
+        # Not straight back to the worker that just failed.
+        decision = self.routes.choose(job, tokens, flight.workers[-1] if flight.workers else None, now)
+        if decision is None:
             self._waiting[flight.rid] = flight
             return []
+        if self._on_decision is not None:
+            self._on_decision(flight.rid, decision)
         self._waiting.pop(flight.rid, None)
-        target = self._policy([self._targets[w] for w in ids])
-        worker = target.worker
-        target.mine += 1
+        worker = decision.target.worker
+        self.routes.router.sent(flight.rid, decision, now)
         flight.worker = worker
         flight.since = now
+        flight.prefilling = True
         if not flight.workers or flight.workers[-1] != worker:
             flight.workers.append(worker)
         self._at.setdefault(worker, {})[flight.rid] = flight
         flight.sink.on_routed(worker)
-        tokens = flight.job.tokens + flight.output if flight.output else flight.job.tokens
-        return [Dispatch(worker, flight.rid, flight.attempt, flight.job, tokens)]
+        return [Dispatch(worker, flight.rid, flight.attempt, job, tokens, decision.target.rank)]
 
-    def _leave(self, flight: Flight) -> None:
+    def _admit(self, now: float) -> list[Action]:
+        """Those whose turn it is leave the queue of saturated models."""
+        actions: list[Action] = []
+        for model in list(self.routes.crowded):
+            while (rid := self.routes.next(model, now)) is not None:
+                actions += self._route(self.open[rid], now)
+        return actions
+
+    def _first_token(self, flight: Flight, cached: int, now: float) -> None:
+        flight.prefilling = False
+        self.routes.router.first_token(flight.rid, now)
+        self.prompt_tokens += len(flight.job.tokens)
+        self.cached_tokens += cached
+
+    def _leave(self, flight: Flight, now: float) -> None:
         worker = flight.worker
         if worker is None:
             return
         flight.worker = None
+        self.routes.router.finished(flight.rid, now, 0 if flight.prefilling else flight.received)
         at = self._at[worker]
         del at[flight.rid]
         if not at:
             del self._at[worker]
-        target = self._targets.get(worker)
-        if target is not None:
-            target.mine -= 1
 
-    def _release(self, flight: Flight, tell: bool = True) -> list[Action]:
+    def _release(self, flight: Flight, now: float, tell: bool = True) -> list[Action]:
         worker = flight.worker
-        self._leave(flight)
-        self._waiting.pop(flight.rid, None)
+        if worker is None:
+            self.routes.leave(flight.rid, flight.job)
+            self._waiting.pop(flight.rid, None)
+        self._leave(flight, now)
         del self.open[flight.rid]
         return [Abandon(worker, flight.rid, flight.attempt)] if tell and worker is not None else []
 
     def _finish(self, flight: Flight, finish: str, now: float) -> list[Action]:
         if finish in ("stop", "length"):
-            self._release(flight, tell=False)
+            self._release(flight, now, tell=False)
             flight.sink.on_end(Outcome(finish, tuple(flight.workers), flight.migrations))
             return []
         # The engine gave it up (error, abort that we did not ask for): as good as lost there.
         return self._lost(flight, f"worker {flight.worker} ended the request ({finish})", now, tell=False)
 
-    def _fail(self, flight: Flight, failure: Failure, tell: bool = False) -> list[Action]:
-        actions = self._release(flight, tell)
+    def _fail(self, flight: Flight, failure: Failure, now: float, tell: bool = False) -> list[Action]:
+        actions = self._release(flight, now, tell)
         flight.sink.on_end(Outcome("error", tuple(flight.workers), flight.migrations, failure))
         return actions
 
     def _lost(self, flight: Flight, reason: str, now: float, tell: bool = True) -> list[Action]:
         if flight.attempt >= MIGRATION_LIMIT or (flight.received and not flight.job.resumable):
             # The client has already seen a part that nobody can continue, or it has cost enough workers.
-            return self._fail(
-                flight, Failure(503, "worker_lost", f"The request could not be completed: {reason}.", 1), tell
-            )
+            failure = Failure(503, "worker_lost", f"The request could not be completed: {reason}.", 1)
+            return self._fail(flight, failure, now, tell)
         actions: list[Action] = []
         if tell and flight.worker is not None:
             actions.append(Abandon(flight.worker, flight.rid, flight.attempt))
-        self._leave(flight)
+        self._leave(flight, now)
         flight.attempt += 1
         flight.migrations += 1
         self.migrations += 1

@@ -71,6 +71,11 @@ class KvJournal:
         """Stored blocks that could not be named and so were not told of."""
         return self._names.orphans
 
+    @property
+    def blocks(self) -> int:
+        """(hash, tier) pairs in the cache."""
+        return sum(map(len, self._live))
+
     def take(self, events: Iterable[KvEvent]) -> list[KvBatch]:
         """The batches that tell of one engine step: none if it changed nothing, several if it changed very much."""
         ops: list[Op] = []
@@ -82,8 +87,7 @@ class KvJournal:
     def digest(self) -> KvDigest:
         """The state now. Each call makes a new one, numbered so that a receiver can tell an old one."""
         self._digests += 1
-        blocks = sum(map(len, self._live))
-        return KvDigest(self.worker, self.epoch, self.rank, self.seq, self._digests, blocks, combine(self._xors))
+        return KvDigest(self.worker, self.epoch, self.rank, self.seq, self._digests, self.blocks, combine(self._xors))
 
     def replay(self, epoch: int, first: int) -> bytes | None:
         """The batches from ``first`` to the last (none if ``first`` is the next), or None if they are not kept."""

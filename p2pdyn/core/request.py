@@ -36,6 +36,7 @@ class Job:
     """One sequence to generate: prompt token ids (u32), validated parameters, routing wishes.
 
     ``resumable`` is False for what another worker could not continue exactly (penalties, guided decoding, logprobs).
+    ``client`` names whose request it is, for a fair queue.
     ``whole``: the client waits for the end and nothing depends on single tokens, so they may come in larger parts.
     """
 
@@ -48,6 +49,7 @@ class Job:
     request_id: str = ""
     traceparent: str = ""
     whole: bool = False
+    client: str = ""
 
 
 class Outcome(NamedTuple):

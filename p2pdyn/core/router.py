@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, isfinite
 from statistics import median
 from typing import Any, Protocol
@@ -48,9 +48,9 @@ class Held(Protocol):
 
 
 class Index(Protocol):
-    """What :class:`p2pdyn.core.kvindex.KvIndex` does for the router; ``mask`` is a bit set of slots."""
+    """What :class:`p2pdyn.core.kvindex.KvIndex` does for the router; ``candidates`` is a bit set of slots."""
 
-    def match(self, hashes: Sequence[int], mask: int) -> Held: ...
+    def match(self, hashes: list[int], candidates: int, /) -> Held: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Ask:
     """A prompt of ``tokens`` token ids; ``hashes`` are the sequence hashes of its full blocks, empty if not known."""
 
     tokens: int
-    hashes: Sequence[int] = ()
+    hashes: list[int] = field(default_factory=list)
     block_size: int = 16
     pin: str = ""
     session: str = ""
@@ -96,8 +96,8 @@ class Candidate:
 
 
 class Router:
-    """``policy`` is a key of :data:`~p2pdyn.core.router_cost.POLICIES` (KeyError); with ``limits`` None no target is ever
-    saturated. All randomness of the next decision is drawn beforehand, which is why it can be told."""
+    """``policy`` is a key of :data:`~p2pdyn.core.router_cost.POLICIES` (KeyError); with ``limits`` None no target
+    is ever saturated. All randomness of the next decision is drawn beforehand, which is why it can be told."""
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 `kv` counts in seconds, so that unlike machines compare fairly:
 
-    queued prefill + MISS_WEIGHT * prefill of the uncached part + DECODE_WEIGHT * slowdown of its decode
+    queued prefill + MISS_WEIGHT * prefill of the uncached part + RECENT_WEIGHT * prefill sent there of late
+    + DECODE_WEIGHT * slowdown of its decode
 
 `kv-dynamo` is NVIDIA Dynamo's form, in blocks at weight 1, for comparison (lib/kv-router/src/scheduling/selector).  The
 other policies do not look at the prompt.
@@ -16,12 +17,16 @@ from math import inf
 
 from p2pdyn.core.router_target import Target
 
-MISS_WEIGHT = 4.0
+MISS_WEIGHT = 5.0
 """A miss is paid again: the copy that it makes pushes others out, and later turns find the prefix twice."""
 DECODE_WEIGHT = 1.0
 """A second of decode is a second of waiting; small by itself where prefill is the bottleneck."""
 REQUEST_S = 0.001
 """For each open request: decides between workers that are otherwise equal, and no more than that."""
+
+RECENT_WEIGHT = 0.15
+"""For each second of prefill that we sent it of late: its sessions will come back to it, so a worker that was kept busy
+for all of the last minute is worth 9 s less to a newcomer than an idle one. It spreads sessions before queues do."""
 
 HOST_CREDIT = 0.75
 DISK_CREDIT = 0.25
@@ -64,7 +69,7 @@ def kv(view: View) -> list[float]:
         cost = queue + MISS_WEIGHT * max(0.0, tokens - credit * size) / (load.prefill_tps or target.assumed_tps)
         if load.itl_per_block_ms:
             cost += DECODE_WEIGHT * load.itl_per_block_ms * 1e-3 * (target.decode_blocks + blocks) * output
-        costs.append(cost + REQUEST_S * target.requests)
+        costs.append(cost + RECENT_WEIGHT * target.recent_s(view.now) + REQUEST_S * target.requests)
     return costs
 
 

@@ -16,11 +16,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
+from math import exp
 
 from p2pdyn.core.types import Load, NodeId
 
 IN_FLIGHT_S = 0.01
 """One way to the worker and through its loop; its report one way back."""
+
+RECENT_S = 60.0
+"""Memory of the work sent to a target."""
 
 STALE_S = 1.0
 """Four reports missed: the drain is no longer believed, all that we have outstanding there is."""
@@ -40,7 +44,7 @@ class Target:
     it holds is guessed from what was sent to it. ``now`` never goes back."""
 
     __slots__ = (
-        "_as_of", "_open", "_recent", "_reported", "_tokens", "approximate", "assumed_tps", "load", "my_blocks",
+        "_as_of", "_open", "_recent", "_reported", "_tokens", "_work", "_worked", "approximate", "assumed_tps", "load", "my_blocks",
         "my_pending", "others", "others_blocks", "rank", "slot", "worker",
     )  # fmt: skip
 
@@ -59,7 +63,9 @@ class Target:
         self.others = 0
         self.others_blocks = 0
         self._open: dict[Hashable, _Open] = {}
-        self._recent: deque[tuple[float, Hashable, int, int]] = deque()
+        self._recent: deque[tuple[float, Hashable]] = deque()
+        self._work = 0.0
+        self._worked = 0.0
         self._tokens = 0.0
         self._as_of = 0.0
         self._reported: float | None = None
@@ -69,18 +75,25 @@ class Target:
     def report(self, load: Load, now: float) -> None:
         """Take over a load report, just received."""
         self.load = load
-        flying = [sent for sent in self._recent if sent[0] > now - IN_FLIGHT_S]
-        self._recent.clear()
-        self._recent.extend(flying)
-        self._tokens = float(load.prefill_tokens_queued + sum(tokens for _, _, tokens, _ in flying))
+        tokens, requests, blocks = load.prefill_tokens_queued, len(self._open), self.my_blocks
+        recent = self._recent
+        while recent and recent[0][0] <= now - IN_FLIGHT_S:
+            recent.popleft()
+        for _, key in recent:
+            flying = self._open.get(key)
+            if flying is not None:
+                tokens += flying.uncached
+                blocks -= flying.blocks
+                requests -= 1
+        self._tokens = float(tokens)
         self._as_of = self._reported = now
-        here = [key for _, key, _, _ in flying if key in self._open]
-        self.others = max(0, load.active_requests + load.queued - (len(self._open) - len(here)))
-        flying_blocks = sum(self._open[key].blocks for key in here)
-        self.others_blocks = max(0, load.active_blocks - (self.my_blocks - flying_blocks))
+        self.others = max(0, load.active_requests + load.queued - requests)
+        self.others_blocks = max(0, load.active_blocks - blocks)
 
     def sent(self, key: Hashable, uncached: int, blocks: int, now: float) -> None:
         """This frontend sent it a request: ``uncached`` prompt tokens to compute, ``blocks`` KV blocks to hold."""
+        self._work = self._work * exp((self._worked - now) / RECENT_S) + uncached
+        self._worked = now
         self._tokens = self._left(now) + uncached
         self._as_of = now
         self._open[key] = _Open(uncached, blocks)
@@ -89,7 +102,7 @@ class Target:
         recent = self._recent
         while recent and recent[0][0] <= now - IN_FLIGHT_S:
             recent.popleft()
-        recent.append((now, key, uncached, blocks))
+        recent.append((now, key))
 
     def first_token(self, key: Hashable) -> None:
         """Its prompt has been computed."""
@@ -131,6 +144,15 @@ class Target:
     def queue_s(self, now: float) -> float:
         """Seconds until a prompt sent now is begun with."""
         return self.prefill_tokens(now) / (self.load.prefill_tps or self.assumed_tps)
+
+    def recent_s(self, now: float) -> float:
+        """Seconds of prefill that we sent it, decayed with :data:`RECENT_S`."""
+        return self._work * exp((self._worked - now) / RECENT_S) / (self.load.prefill_tps or self.assumed_tps)
+
+    @property
+    def mine(self) -> int:
+        """Open requests of this frontend there."""
+        return len(self._open)
 
     @property
     def requests(self) -> int:

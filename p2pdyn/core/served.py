@@ -92,7 +92,8 @@ class Served:
         self._next_key += 1
         known.open[message.rid] = running
         self.running[running.key] = running
-        return Sequence(running.key, tokens, message.prompt_len, params, message.traceparent), None, aborts
+        more = (message.traceparent, message.rank)
+        return Sequence(running.key, tokens, message.prompt_len, params, *more), None, aborts
 
     def _refusal(self, message: Generate) -> tuple[str, str] | None:
         count = len(message.tokens) // 4

@@ -36,13 +36,14 @@ class EngineOptions:
 class Sequence:
     """One sequence to run. ``key`` is the driver's; tokens[:prompt_len] is the prompt, the rest is output that an
     earlier attempt already produced: generation goes on behind it as if it had been produced here. ``traceparent`` (W3C
-    Trace Context, or empty) is for the engine's own spans."""
+    Trace Context, or empty) is for the engine's own spans; ``rank`` is the data-parallel rank to run on."""
 
     key: int
     tokens: array[int]
     prompt_len: int
     params: SamplingParams
     traceparent: str = ""
+    rank: int = 0
 
 
 @dataclass(slots=True)

@@ -110,16 +110,16 @@ def pack_sequence(sequence: Sequence) -> list[Any]:
     """A submit; an abort is just its key."""
     params = sequence.params
     plain = {name: value for name, default in _PARAM_DEFAULTS if (value := getattr(params, name)) != default}
-    return [sequence.key, sequence.tokens.tobytes(), sequence.prompt_len, plain, sequence.traceparent]
+    return [sequence.key, sequence.tokens.tobytes(), sequence.prompt_len, plain, sequence.traceparent, sequence.rank]
 
 
 def unpack_sequence(item: list[Any]) -> Sequence:
-    key, data, prompt_len, plain, traceparent = item
+    key, data, prompt_len, plain, traceparent, rank = item
     params = SamplingParams(**plain)
     params.stop_token_ids = tuple(params.stop_token_ids)
     tokens = array("I")
     tokens.frombytes(data)
-    return Sequence(key, tokens, prompt_len, params, traceparent)
+    return Sequence(key, tokens, prompt_len, params, traceparent, rank)
 
 
 # ---- to the peer

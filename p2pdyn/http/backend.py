@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from p2pdyn.core.request import Job, Sink
+from p2pdyn.http.metrics import Histogram
 from p2pdyn.text.card import ModelCard
 
 Metric = tuple[str, str, str, list[tuple[dict[str, str], float]]]
@@ -57,5 +58,8 @@ class Backend(Protocol):
     def readiness(self) -> tuple[bool, str]:
         """Whether this peer can serve, and a sentence that says why not."""
 
-    def metrics(self) -> list[Metric]:
-        """The mesh's own counters and gauges, for /metrics."""
+    def explain(self, job: Job) -> dict[str, Any] | None:
+        """Where ``job`` would go now and why, the body of `/p2p/explain`; None if nobody may take it."""
+
+    def metrics(self) -> list[Metric | Histogram]:
+        """The mesh's own counters, gauges and histograms, for /metrics."""

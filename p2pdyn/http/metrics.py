@@ -69,10 +69,14 @@ class HttpMetrics:
         rows: list[Row] = [("p2pdyn_http_requests_total", "counter", "Answered requests.", counted)]
         return rows + [(name, kind, text, [({}, float(value))]) for name, kind, text, value in plain]
 
-    def exposition(self, connections: int, mesh: Iterable[Row]) -> bytes:
+    def exposition(self, connections: int, mesh: Iterable[Row | Histogram]) -> bytes:
         """The text of /metrics: the endpoint's own and the mesh's."""
         lines: list[str] = []
-        for name, kind, text, samples in [*self.rows(connections), *mesh]:
+        for one in (*self.rows(connections), *mesh):
+            if isinstance(one, Histogram):
+                lines += one.lines()
+                continue
+            name, kind, text, samples = one
             lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
             lines += [f"{name}{_labels(labels)} {value:.10g}" for labels, value in samples]
         for histogram in (self.ttft, self.itl, self.duration):

@@ -1,13 +1,15 @@
 """The frontend's shell: links to workers, requests out, tokens in.
 
-Decisions are in :mod:`p2pdyn.core.flight` (requests), :mod:`p2pdyn.core.catalog` (models) and
-:mod:`p2pdyn.core.router_simple` (choice).  This class owns the links and one timer, and carries actions out.
+Decisions are in :mod:`p2pdyn.core.flight` (requests), :mod:`p2pdyn.core.catalog` (models),
+:mod:`p2pdyn.core.router` (choice) and :mod:`p2pdyn.core.kvstream` (what workers hold).  This class owns the links and
+one timer, and carries actions out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,10 +17,16 @@ from typing import Any
 from p2pdyn.constants import LINK_IDLE_S, MODEL_KNOWN_S
 from p2pdyn.core.catalog import Catalog
 from p2pdyn.core.flight import Abandon, Action, Dispatch, Flights
+from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.request import Failure, Job, Logprobs, Rejected, Sink
-from p2pdyn.core.router_simple import Policy
+from p2pdyn.core.router import Decision, Router
+from p2pdyn.core.routes import HASHING, Key, Routes, Serving
 from p2pdyn.core.types import Address, Load, NodeId, PeerInfo
 from p2pdyn.http.backend import Metric, ModelStatus
+from p2pdyn.http.metrics import Histogram
+from p2pdyn.net.cards import Cards
+from p2pdyn.net.dispatch_metrics import DECISION_S, frontend_metrics, kv_report, sum_loads
+from p2pdyn.net.kv_feed import KvFeed
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker_link import WorkerLink
 from p2pdyn.text.card import ModelCard
@@ -30,9 +38,6 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Before the first, second, ... new link to a worker whose link went down; the last one from there on."""
-
-CARD_S = 20.0
-"""Longest that a first request for a model waits for its card."""
 
 SETTLE_S = 1.0
 """A worker may not have seen a request sent less than this before its heartbeat."""
@@ -49,7 +54,8 @@ class Dispatcher:
         sockets: Sockets,
         node: NodeId,
         epoch: int,
-        policy: Policy,
+        policy: str,
+        rng: random.Random,
         *,
         eager: bool,
         suspect: Callable[[NodeId], None],
@@ -68,11 +74,17 @@ class Dispatcher:
         self._links: dict[NodeId, WorkerLink] = {}
         self._retry: dict[NodeId, tuple[int, float]] = {}
         self._wanted: dict[str, float] = {}
-        self._cards: dict[str, ModelCard] = {}
-        self._fetching: dict[str, asyncio.Task[ModelCard]] = {}
+        self._cards = Cards(self._links_of)
         self.catalog = Catalog(MODEL_KNOWN_S)
-        self.flights = Flights(policy, _logprobs)
-        self.loads: dict[NodeId, Load] = {}
+        self.index = KvIndex()
+        self.router = Router(policy, rng, self.index)
+        self.flights = Flights(Routes(self.router), _logprobs, self._decided)
+        self.feed = KvFeed(self.index, self._placed)
+        self._follows_kv = policy in HASHING
+        self._decision = Histogram(
+            "p2pdyn_router_decision_seconds", "Time to route a request, hashing its prompt included.", DECISION_S
+        )
+        self.loads: dict[Key, Load] = {}
         self.links_lost = 0
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
@@ -91,24 +103,16 @@ class Dispatcher:
 
     def known_card(self, model: str) -> ModelCard | None:
         known = self.catalog.models.get(model)
-        return None if known is None else self._cards.get(known.served.card)
+        return None if known is None else self._cards.known(known.served.card)
 
     async def card(self, model: str) -> ModelCard:
         known = self.catalog.models.get(model)
         if known is None:
             raise Rejected(Failure(404, "model_not_found", self._unknown(model)))
-        digest = known.served.card
-        card = self._cards.get(digest)
-        if card is not None:
-            return card
         self._want(model)
-        task = self._fetching.get(digest)
-        if task is None:
-            task = self._fetching[digest] = self._loop.create_task(self._fetch_card(model, digest))
-            task.add_done_callback(lambda done: self._card_done(digest, done))
         try:
-            return await asyncio.wait_for(asyncio.shield(task), CARD_S)
-        except (TimeoutError, LookupError, ConnectionError) as error:
+            return await self._cards.get(model, known.served.card)
+        except (TimeoutError, LookupError, ConnectionError, ValueError) as error:
             message = f"Model {model!r} has no ready worker that gives its model card; retry in a moment."
             raise Rejected(Failure(503, "no_ready_worker", message, 1)) from error
 
@@ -123,12 +127,21 @@ class Dispatcher:
             message = f"Worker {job.pin!r} (x-p2pdyn-pin) is not a ready worker of model {job.model!r}."
             raise Rejected(Failure(503, "no_ready_worker", message, 1))
         self._want(job.model)
-        rid, actions = self.flights.submit(job, sink, self._loop.time())
+        now = self._loop.time()
+        began = time.perf_counter()
+        rid, actions = self.flights.submit(job, sink, now)
+        self._decision.observe(time.perf_counter() - began)
         self._carry_out(actions)
         return rid
 
     def cancel(self, ticket: int) -> None:
-        self._carry_out(self.flights.cancel(ticket))
+        self._carry_out(self.flights.cancel(ticket, self._loop.time()))
+
+    def explain(self, job: Job) -> dict[str, Any] | None:
+        """What would become of ``job`` now, as `p2pdyn explain --json` prints it; None if nobody may take it."""
+        self._want(job.model)
+        decision = self.flights.routes.explain(job, self._loop.time())
+        return None if decision is None else self.router.explanation(job.model, decision)
 
     def peers(self) -> dict[str, Any]:
         return self._report()
@@ -138,26 +151,18 @@ class Dispatcher:
             return True, "ready"
         return False, "no worker of any model is ready"
 
-    def metrics(self) -> list[Metric]:
-        flights = self.flights
-        plain: list[tuple[str, str, str, float]] = [
-            ("p2pdyn_frontend_inflight_requests", "gauge", "Open generations of this frontend.", len(flights.open)),
-            ("p2pdyn_frontend_migrations_total", "counter", "Generations moved to another worker.", flights.migrations),
-            (
-                "p2pdyn_frontend_token_holes_total",
-                "counter",
-                "Generations whose token frames were lost.",
-                flights.holes,
-            ),
-            ("p2pdyn_frontend_stale_frames_total", "counter", "Token frames of earlier attempts.", flights.stale),
-            ("p2pdyn_frontend_links_lost_total", "counter", "Worker links that went down.", self.links_lost),
-        ]
-        rows: list[Metric] = [(name, kind, text, [({}, float(value))]) for name, kind, text, value in plain]
-        workers = [({"worker": str(worker)}, float(link.up)) for worker, link in self._links.items()]
-        rows.append(("p2pdyn_frontend_worker_link_up", "gauge", "1 while requests can be sent to the worker.", workers))
-        active = [({"worker": str(worker)}, float(load.active_requests)) for worker, load in self.loads.items()]
-        rows.append(("p2pdyn_worker_active_requests", "gauge", "As the worker last reported.", active))
-        return rows + self._mesh_metrics()
+    def metrics(self) -> list[Metric | Histogram]:
+        links = {worker: link.up for worker, link in self._links.items()}
+        ours = frontend_metrics(self.flights, self.feed, self.loads, links, self.links_lost)
+        return [*ours, self._decision, *self._mesh_metrics()]
+
+    def loads_report(self) -> dict[NodeId, Load]:
+        """Each worker's load as last reported, over all its ranks."""
+        return sum_loads(self.loads)
+
+    def streams_report(self) -> dict[NodeId, dict[str, Any]]:
+        """Each worker's KV stream as this frontend sees it."""
+        return kv_report(self.feed)
 
     # The mesh.
 
@@ -175,8 +180,8 @@ class Dispatcher:
 
     def close(self) -> None:
         self._timer.cancel()
-        for task in self._fetching.values():
-            task.cancel()
+        self._cards.close()
+        self.feed.close()
         for link in self._links.values():
             link.close()
         self._links.clear()
@@ -213,11 +218,14 @@ class Dispatcher:
                 on_message=self._message,
                 on_load=self._load,
                 batch_done=self._batch_done,
+                on_kv=self.feed.received if self._follows_kv else None,
             )
 
     def _link_up(self, link: WorkerLink) -> None:
         self._retry.pop(link.worker, None)
         log.debug("link to worker %s is up", link.worker)
+        if self._follows_kv:
+            self.feed.up(link, self._ranks(link.worker))
         self._reroute(self._loop.time())
 
     def _link_down(self, link: WorkerLink, reason: str) -> None:
@@ -232,9 +240,8 @@ class Dispatcher:
         link = self._links.pop(worker, None)
         if link is None:
             return
-        link.close()
+        self._close_link(link)
         self.links_lost += 1
-        self.loads.pop(worker, None)
         now = self._loop.time()
         tries, _ = self._retry.get(worker, (0, 0.0))
         self._retry[worker] = (tries + 1, now + RETRY_S[min(tries, len(RETRY_S) - 1)])
@@ -242,11 +249,31 @@ class Dispatcher:
         self._reroute(now)
         self.on_batch()
 
+    def _close_link(self, link: WorkerLink) -> None:
+        link.close()
+        self.feed.lost(link.worker)
+        for key in [key for key in self.loads if key[0] == link.worker]:
+            del self.loads[key]
+
+    def _links_of(self, model: str) -> list[WorkerLink]:
+        """Those to the model's workers that are up."""
+        known = self.catalog.models.get(model)
+        links = (self._links.get(worker) for worker in (known.workers if known is not None else ()))
+        return [link for link in links if link is not None and link.up]
+
+    def _ranks(self, worker: NodeId) -> int:
+        return max((served.ranks for served in self._peers[worker][2].models), default=1)
+
     def _reroute(self, now: float) -> None:
-        serving = {
-            name: [w for w in model.workers if (link := self._links.get(w)) is not None and link.up]
-            for name, model in self.catalog.models.items()
-        }
+        """Whose links have come up or gone down, or who has become ready or not."""
+        serving = {}
+        for name, model in self.catalog.models.items():
+            targets = [
+                (link.worker, rank, model.workers[link.worker].kv_events)
+                for link in self._links_of(name)
+                for rank in range(model.workers[link.worker].ranks)
+            ]
+            serving[name] = Serving(model.served.block_size, tuple(targets))
         self._carry_out(self.flights.routable(serving, now))
 
     # Messages.
@@ -268,9 +295,18 @@ class Dispatcher:
                 self.flights.refused(link.worker, refused.rid, refused.attempt, refused.code, refused.reason, now)
             )
 
-    def _load(self, worker: NodeId, load: Load) -> None:
-        self.loads[worker] = load
-        self.flights.report(worker, load)
+    def _load(self, worker: NodeId, rank: int, load: Load) -> None:
+        self.loads[worker, rank] = load
+        actions = self.flights.report(worker, rank, load, self._loop.time())
+        if actions:
+            self._carry_out(actions)
+
+    def _placed(self, key: Key, slot: int | None) -> None:
+        self.flights.routes.placed(key, slot)
+
+    def _decided(self, rid: int, decision: Decision) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request %d: %s", rid, self.router.line(decision))
 
     def _batch_done(self) -> None:
         self.on_batch()
@@ -304,35 +340,9 @@ class Dispatcher:
                 encode_params(job.params),
                 job.whole,
                 job.traceparent,
+                action.rank,
             )
         )
-
-    # Model cards.
-
-    async def _fetch_card(self, model: str, digest: str) -> ModelCard:
-        """From any worker whose link is up, one after the other, until one gives it."""
-        last: Exception = LookupError(f"no worker of {model!r} is linked")
-        deadline = self._loop.time() + CARD_S
-        while self._loop.time() < deadline:
-            known = self.catalog.models.get(model)
-            links = [self._links[w] for w in (known.workers if known else ()) if w in self._links and self._links[w].up]
-            for link in links:
-                try:
-                    packed = await link.fetch("card", digest)
-                    card = ModelCard.unpack(packed)
-                    if card.digest != digest:
-                        raise LookupError(f"worker {link.worker} sent another card than {digest}")
-                    return card
-                except (LookupError, ConnectionError, TimeoutError, ValueError) as error:
-                    log.warning("model card %s from worker %s: %s", digest, link.worker, error)
-                    last = error
-            await asyncio.sleep(0.05)
-        raise last
-
-    def _card_done(self, digest: str, task: asyncio.Task[ModelCard]) -> None:
-        self._fetching.pop(digest, None)
-        if not task.cancelled() and task.exception() is None:
-            self._cards[digest] = task.result()
 
     def _unknown(self, model: str) -> str:
         names = ", ".join(sorted(self.catalog.models)) or "none yet"
@@ -346,14 +356,14 @@ class Dispatcher:
         for link in list(self._links.values()):
             link.tick(now, self.flights.open_at(link.worker) > 0)
         self._carry_out(self.flights.tick(now))
+        self.feed.tick(now)
         self.catalog.expire(now)
         for model in [m for m, used in self._wanted.items() if now - used > LINK_IDLE_S]:
             del self._wanted[model]
         wanted = self._wanted_workers()
         for worker in self._links.keys() - wanted:
             if not self.flights.open_at(worker):
-                self._links.pop(worker).close()
-                self.loads.pop(worker, None)
+                self._close_link(self._links.pop(worker))
                 self._reroute(now)
         self._link_up_wanted(now)
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Protocol
 
 from p2pdyn.core.kvindex import KvIndex
@@ -48,6 +50,8 @@ class KvFeed:
         self._slots: dict[Key, int | None] = {}
         self._busy: set[Key] = set()
         self._states: dict[Key, str] = {}
+        self.retired: Counter[str] = Counter()
+        """Counters of streams that are no more."""
 
     def up(self, source: Source, ranks: int) -> None:
         """A worker's links stand; its batches have been coming since before."""
@@ -65,7 +69,7 @@ class KvFeed:
         self._queues.pop(worker, None)
         for key in [key for key in self.streams if key[0] == worker]:
             self._handle(key, Lost())
-            del self.streams[key]
+            self.retired.update(asdict(self.streams.pop(key).counters))
             self._slots.pop(key, None)
             self._states.pop(key, None)
 

@@ -6,9 +6,10 @@ docs/design/kv-events.md is the protocol; decisions are in :mod:`p2pdyn.core.kvj
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from p2pdyn.core.kvjournal import KvJournal
-from p2pdyn.core.kvstream import DIGEST_S, REPLAY, SNAPSHOT
+from p2pdyn.core.kvstream import DIGEST_S, EXACT, REPLAY, SNAPSHOT
 from p2pdyn.core.types import NodeId
 from p2pdyn.engines.base import KvEvent
 from p2pdyn.wire.codec import encode
@@ -57,6 +58,11 @@ class KvSource:
                 self._digest(journal)
             for key in [key for key, (since, _) in self._cuts.items() if since < now - CUT_S]:
                 del self._cuts[key]
+
+    def report(self) -> dict[str, Any]:
+        """This worker's own streams, as `peers --json` has them: it cannot be wrong about itself."""
+        blocks = sum(journal.blocks for journal in self.journals)
+        return {"stream": EXACT, "seq": max(j.seq for j in self.journals), "blocks": blocks, "why": ""}
 
     def raise_epoch(self, epoch: int) -> None:
         """Membership gave this node a higher epoch: every stream begins anew."""

@@ -43,7 +43,7 @@ class WorkerLink:
         on_up: Callable[[WorkerLink], None],
         on_down: Callable[[WorkerLink, str], None],
         on_message: Callable[[WorkerLink, object], None],
-        on_load: Callable[[NodeId, Load], None],
+        on_load: Callable[[NodeId, int, Load], None],
         batch_done: Callable[[], None],
         on_kv: Callable[[NodeId, KvBatch | KvDigest], None] | None = None,
     ) -> None:
@@ -184,7 +184,7 @@ class WorkerLink:
             return
         if isinstance(event, LoadEvent) and event.epoch == self.epoch and event.seq > self._load_seq:
             self._load_seq = event.seq
-            self._on_load(self.worker, _load(event))
+            self._on_load(self.worker, event.rank, _load(event))
 
 
 def _load(event: LoadEvent) -> Load:
@@ -197,4 +197,5 @@ def _load(event: LoadEvent) -> Load:
         event.prefill_tokens_queued,
         event.prefill_tps,
         event.itl_ms,
+        event.itl_per_block_ms,
     )

@@ -52,6 +52,7 @@ class Generate:
     ``prompt_len`` says where the prompt ends (seeds and min_tokens count from there); ``epoch`` is the worker's, and a
     worker of another epoch refuses.  ``whole``: nobody looks at single tokens, so those between the first and the last
     may be sent together, a few times a second.  ``traceparent`` is the client's (W3C Trace Context), or empty.
+    ``rank`` is the worker's data-parallel rank that it was routed to.
     """
 
     rid: U64
@@ -63,6 +64,7 @@ class Generate:
     params: Annotated[bytes, Cap(256 * 1024)]
     whole: bool = False
     traceparent: Annotated[str, Cap(64)] = ""
+    rank: U8 = 0
 
 
 @message(REQUESTS, 4)

@@ -11,10 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from p2pdyn.core import admission
+from p2pdyn.core.admission import MAX_QUEUED
 from p2pdyn.core.flight import MAX_WAITING, MIGRATION_LIMIT, WAIT_S, Abandon, Dispatch, Flights
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected
-from p2pdyn.core.router_simple import make_policy
-from p2pdyn.core.types import NodeId, SamplingParams
+from p2pdyn.core.router import Router
+from p2pdyn.core.routes import Routes, Serving
+from p2pdyn.core.types import Load, NodeId, SamplingParams
 from p2pdyn.wire.requests import Delta
 
 MODEL = "m"
@@ -48,9 +51,13 @@ class Recorder:
 
 
 def make_flights(*workers: NodeId, policy: str = "round-robin") -> Flights:
-    flights = Flights(make_policy(policy, random.Random(1)), lambda data: ())
-    flights.routable({MODEL: list(workers)}, 0.0)
+    flights = Flights(Routes(Router(policy, random.Random(1))), lambda data: ())
+    flights.routable(serving(*workers), 0.0)
     return flights
+
+
+def serving(*workers: NodeId) -> dict[str, Serving]:
+    return {MODEL: Serving(16, tuple((worker, 0, True) for worker in workers))}
 
 
 def job(resumable: bool = True, pin: str = "") -> Job:
@@ -106,7 +113,7 @@ def test_older_attempts_are_dropped_and_told_to_stop() -> None:
     flights = make_flights(A, B)
     sink, first = submit(flights)
     flights.worker_lost(first.worker, "gone", 0.1)
-    flights.routable({MODEL: [A, B]}, 0.2)
+    flights.routable(serving(A, B), 0.2)
     assert flights.tokens(first.worker, [delta(first, 0, 9)], 0.2) == [Abandon(first.worker, first.rid, 0)]
     assert sink.tokens == []
 
@@ -129,7 +136,7 @@ def test_a_request_that_kills_its_workers_stops() -> None:
         (again,) = flights.worker_lost(dispatch.worker, "died", 0.1)
         assert isinstance(again, Dispatch)
         dispatch = again
-        flights.routable({MODEL: [A, B]}, 0.1)
+        flights.routable(serving(A, B), 0.1)
     assert flights.worker_lost(dispatch.worker, "died", 0.2) == []
     assert sink.ends[0].finish == "error"
     assert sink.ends[0].migrations == MIGRATION_LIMIT
@@ -152,7 +159,7 @@ def test_waiting_requests_start_when_a_worker_comes() -> None:
     flights = make_flights()
     sink = Recorder()
     rid, _ = flights.submit(job(), sink, 0.0)
-    (dispatch,) = flights.routable({MODEL: [A]}, 0.5)
+    (dispatch,) = flights.routable(serving(A), 0.5)
     assert isinstance(dispatch, Dispatch)
     assert (dispatch.rid, dispatch.worker) == (rid, A)
     assert sink.routed == [A]
@@ -193,6 +200,56 @@ def test_request_that_the_worker_forgot_is_moved() -> None:
     assert isinstance(again, Dispatch)
 
 
+def test_requests_wait_while_all_workers_are_saturated_and_go_by_priority() -> None:
+    flights = make_flights(A)
+    assert flights.report(A, 0, Load(queued=1000), 0.0) == []
+    sinks = []
+    for priority in (5, 0):
+        waiting = Job(MODEL, array("I", [1, 2, 3]), SamplingParams(priority=priority))
+        sinks.append(Recorder())
+        assert flights.submit(waiting, sinks[-1], 0.0)[1] == []
+    assert not any(sink.routed for sink in sinks)
+    first, second = flights.report(A, 0, Load(), 0.1)
+    assert (first.rid, second.rid) == (2, 1)
+    assert all(sink.routed == [A] for sink in sinks)
+
+
+def test_a_full_queue_is_429_and_a_long_wait_too() -> None:
+    flights = make_flights(A)
+    flights.report(A, 0, Load(queued=1000), 0.0)
+    waiting = [Recorder() for _ in range(MAX_QUEUED)]
+    for sink in waiting:
+        flights.submit(job(), sink, 0.0)
+    with pytest.raises(Rejected) as refused:
+        flights.submit(job(), Recorder(), 0.0)
+    assert refused.value.failure.status == 429
+    assert refused.value.failure.retry_after
+    assert flights.tick(admission.WAIT_S - 1) == []
+    flights.tick(admission.WAIT_S)
+    assert {sink.ends[0].failure.status for sink in waiting if sink.ends[0].failure} == {429}
+    assert not flights.open
+
+
+def test_a_queued_request_can_be_cancelled_and_outlives_its_workers() -> None:
+    flights = make_flights(A)
+    flights.report(A, 0, Load(queued=1000), 0.0)
+    sinks = [Recorder(), Recorder()]
+    rids = [flights.submit(job(), sink, 0.0)[0] for sink in sinks]
+    sinks[0].cancelled = True
+    assert flights.cancel(rids[0], 0.1) == []
+    assert flights.worker_lost(A, "gone", 0.2) == []
+    (dispatch,) = flights.routable(serving(B), 0.3)
+    assert (dispatch.rid, dispatch.worker) == (rids[1], B)
+
+
+def test_a_pin_does_not_wait_for_room() -> None:
+    flights = make_flights(A, B)
+    flights.report(A, 0, Load(queued=1000), 0.0)
+    flights.report(B, 0, Load(queued=1000), 0.0)
+    (dispatch,) = flights.submit(job(pin=B), Recorder(), 0.0)[1]
+    assert dispatch.worker == B
+
+
 class FlightMachine(RuleBasedStateMachine):
     """Workers that answer token ``position`` at each position, lose frames, forget, die and come back."""
 
@@ -200,11 +257,11 @@ class FlightMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.up = {A, B}
-        self.flights = Flights(make_policy("least-loaded", random.Random(0)), lambda data: ())
+        self.flights = Flights(Routes(Router("least-loaded", random.Random(0))), lambda data: ())
         self.sinks: dict[int, Recorder] = {}
         self.held: dict[NodeId, dict[tuple[int, int], int]] = {A: {}, B: {}, C: {}}
         self.old_frames: list[tuple[NodeId, Delta]] = []
-        self.take(self.flights.routable({MODEL: [A, B]}, 0.0))
+        self.take(self.flights.routable(serving(A, B), 0.0))
 
     def take(self, actions: Sequence[Dispatch | Abandon]) -> None:
         for action in actions:
@@ -224,6 +281,11 @@ class FlightMachine(RuleBasedStateMachine):
         rid, actions = self.flights.submit(job(resumable), sink, self.now)
         self.sinks[rid] = sink
         self.take(actions)
+
+    @rule(worker=st.sampled_from([A, B, C]), queued=st.sampled_from([0, 1000]))
+    def report(self, worker: NodeId, queued: int) -> None:
+        """A worker that is saturated, or no longer."""
+        self.take(self.flights.report(worker, 0, Load(queued=queued), self.now))
 
     @rule(data=st.data(), count=st.integers(1, 3), finish=st.sampled_from(["", "", "", "stop", "length", "error"]))
     def step(self, data: st.DataObject, count: int, finish: str) -> None:
@@ -249,12 +311,12 @@ class FlightMachine(RuleBasedStateMachine):
         self.up.discard(worker)
         self.held[worker].clear()
         self.take(self.flights.worker_lost(worker, "died", self.now))
-        self.take(self.flights.routable({MODEL: sorted(self.up)}, self.now))
+        self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
 
     @rule(worker=st.sampled_from([A, B, C]))
     def come(self, worker: NodeId) -> None:
         self.up.add(worker)
-        self.take(self.flights.routable({MODEL: sorted(self.up)}, self.now))
+        self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
 
     @rule(worker=st.sampled_from([A, B, C]))
     def heartbeat(self, worker: NodeId) -> None:
@@ -267,7 +329,7 @@ class FlightMachine(RuleBasedStateMachine):
         if self.flights.open:
             rid = data.draw(st.sampled_from(sorted(self.flights.open)))
             self.sinks[rid].cancelled = True
-            self.take(self.flights.cancel(rid))
+            self.take(self.flights.cancel(rid, self.now))
 
     @rule(seconds=st.floats(0.1, 6.0))
     def pass_time(self, seconds: float) -> None:
@@ -286,10 +348,14 @@ class FlightMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_balance(self) -> None:
-        for worker, target in self.flights._targets.items():
-            assert target.mine == self.flights.open_at(worker)
+        for target in self.flights.routes.targets():
+            assert target.mine == self.flights.open_at(target.worker)
+        idle = {flight.rid for flight in self.flights.open.values() if flight.worker is None}
+        waiting = set(self.flights._waiting)
+        assert waiting <= idle
+        assert len(idle - waiting) == self.flights.routes.queued().get(MODEL, 0)
+        assert (idle == waiting) == (not self.flights.routes.crowded)
         for flight in self.flights.open.values():
-            assert (flight.worker is None) == (flight.rid in self.flights._waiting)
             assert flight.worker is None or flight.worker in self.up
         if not self.flights.open:
             assert not self.flights._at

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from p2pdyn.core.request import Job, Logprobs, Outcome, Rejected
-from p2pdyn.core.router_simple import make_policy
 from p2pdyn.core.types import READY, Address, NodeId, PeerInfo, SamplingParams, ServedModel
 from p2pdyn.engines.base import EngineInfo
 from p2pdyn.engines.base import Sequence as EngineSequence
@@ -91,7 +90,7 @@ class Bench:
         self.workers: list[Worker] = []
         self.batches = 0
         self.dispatcher = Dispatcher(
-            self.sockets, FRONTEND, 1, make_policy("round-robin", random.Random(1)),
+            self.sockets, FRONTEND, 1, "round-robin", random.Random(1),
             eager=True, suspect=self.suspects.append, report=dict, mesh_metrics=list,
         )  # fmt: skip
         self.dispatcher.on_batch = self.count_batch
@@ -292,7 +291,7 @@ def test_the_clients_trace_reaches_the_engine_and_the_workers_log(run: Run, capl
             submit(sequences)
 
         worker.runner.submit = watched  # type: ignore[method-assign]
-        for more in ({"traceparent": trace}, {}):
+        for more in (dict[str, Any](traceparent=trace), dict[str, Any]()):
             _, sink = bench.submit(**more)
             await sink.outcome
         assert seen == [trace, ""]

@@ -1,56 +1,16 @@
-"""Policies and the model catalog."""
+"""Which models there are, and which workers may be routed together."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from p2pdyn.core.catalog import Catalog
-from p2pdyn.core.router_simple import POLICIES, Target, make_policy
-from p2pdyn.core.types import LOADING, READY, Load, NodeId, PeerInfo, ServedModel
+from p2pdyn.core.types import LOADING, READY, NodeId, PeerInfo, ServedModel
 
-IDS = [NodeId(letter * 16) for letter in "abcd"]
-
-
-@pytest.mark.parametrize("name", sorted(POLICIES))
-def test_every_policy_uses_all_equal_workers(name: str) -> None:
-    policy = make_policy(name, random.Random(3))
-    targets = [Target(worker) for worker in IDS]
-    chosen = Counter(policy(targets).worker for _ in range(400))
-    assert chosen.keys() == set(IDS)
-    assert min(chosen.values()) > 50
-
-
-@pytest.mark.parametrize("name", sorted(POLICIES))
-def test_every_policy_takes_the_only_one(name: str) -> None:
-    assert make_policy(name, random.Random(3))([Target(IDS[0])]).worker == IDS[0]
-
-
-def test_round_robin_takes_turns() -> None:
-    policy = make_policy("round-robin", random.Random(3))
-    targets = [Target(worker) for worker in IDS]
-    assert sorted(policy(targets).worker for _ in range(4)) == IDS
-
-
-def test_least_loaded_counts_what_it_sent_since_the_report() -> None:
-    policy = make_policy("least-loaded", random.Random(3))
-    busy, idle = Target(IDS[0]), Target(IDS[1])
-    busy.report(Load(active_requests=3, queued=1))
-    assert policy([busy, idle]) is idle
-    idle.mine = 5
-    assert policy([busy, idle]) is busy
-
-
-def test_a_report_separates_other_frontends_requests_from_ours() -> None:
-    target = Target(IDS[0], mine=2)
-    target.report(Load(active_requests=5))
-    assert (target.others, target.requests) == (3, 5)
-    target.mine = 0
-    assert target.requests == 3
+IDS = [NodeId(letter * 16) for letter in "abcdefgh"]
 
 
 def peer(fingerprint: str = "f1", state: str = READY, name: str = "m") -> PeerInfo:

@@ -1,0 +1,204 @@
+"""Who may take a model's requests now, and who waits for them: what the router chooses from.
+
+Targets come and go with workers and their links; a target that still has requests of ours is kept, so that what is
+known of its load is not forgotten when it is back.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from p2pdyn.core.admission import Admission
+from p2pdyn.core.kvhash import root_seed, sequence_hashes
+from p2pdyn.core.request import Failure, Job
+from p2pdyn.core.router import Ask, Decision, Router
+from p2pdyn.core.router_target import Target
+from p2pdyn.core.types import Load, NodeId
+
+HASHING = ("kv", "kv-dynamo")
+"""Policies that look at the prompt; the others are spared its hashes."""
+
+Key = tuple[NodeId, int]
+"""(worker, data-parallel rank)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """One model's workers: ``targets`` are (worker, rank, whether its engine tells KV events)."""
+
+    block_size: int
+    targets: tuple[tuple[NodeId, int, bool], ...] = ()
+
+
+@dataclass(slots=True)
+class _Model:
+    block_size: int
+    targets: list[Target]
+    queue: Admission = field(default_factory=Admission)
+
+
+class Routes:
+    """Pure; ``now`` in seconds never goes back."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self.crowded: set[str] = set()
+        """Models with requests in their queue."""
+        self.prompt_blocks = 0
+        self.matched_blocks = 0
+        """Of all prompts routed so far, and of these what the chosen target held or was to hold."""
+        self._hashing = router.policy in HASHING
+        self._models: dict[str, _Model] = {}
+        self._targets: dict[Key, Target] = {}
+        self._slots: dict[Key, int] = {}
+
+    # Who there is.
+
+    def update(self, serving: Mapping[str, Serving]) -> None:
+        """Take over who may be routed to, by model; a model that is not named has nobody."""
+        named: set[Key] = set()
+        for name, one in serving.items():
+            targets = [self._target(*target) for target in one.targets]
+            named.update((target.worker, target.rank) for target in targets)
+            known = self._models.get(name)
+            if known is None:
+                self._models[name] = _Model(one.block_size, targets)
+            else:
+                known.block_size, known.targets = one.block_size, targets
+        for name in self._models.keys() - serving.keys():
+            self._models[name].targets = []
+            if not len(self._models[name].queue):
+                del self._models[name]
+        for key in [key for key, target in self._targets.items() if key not in named and not target.mine]:
+            self._forget(key)
+
+    def lost(self, worker: NodeId) -> None:
+        """Nobody is sent there from now on."""
+        for model in self._models.values():
+            model.targets = [target for target in model.targets if target.worker != worker]
+        for key in [key for key in self._targets if key[0] == worker]:
+            self._forget(key)
+
+    def placed(self, key: Key, slot: int | None) -> None:
+        """Where in the KV index a target's blocks are, None while they are nowhere."""
+        if slot is None:
+            self._slots.pop(key, None)
+        else:
+            self._slots[key] = slot
+        target = self._targets.get(key)
+        if target is not None:
+            target.slot = -1 if slot is None else slot
+
+    def report(self, worker: NodeId, rank: int, load: Load, now: float) -> None:
+        """A worker's load event."""
+        target = self._targets.get((worker, rank))
+        if target is not None:
+            target.report(load, now)
+
+    def serves(self, model: str) -> bool:
+        """Whether anybody may be routed to."""
+        known = self._models.get(model)
+        return known is not None and bool(known.targets)
+
+    def targets(self) -> list[Target]:
+        """All of them, for metrics."""
+        return list(self._targets.values())
+
+    # Decisions.
+
+    def choose(self, job: Job, tokens: array[int], failed: NodeId | None, now: float) -> Decision | None:
+        """Where ``tokens`` (the prompt and what has been generated) should go, but not to ``failed`` if there is
+        another; None: nobody may take it."""
+        found = self._ask(job, tokens, failed)
+        if found is None:
+            return None
+        decision = self.router.choose(*found, now)
+        if decision is not None:
+            self.prompt_blocks += decision.view.blocks
+            self.matched_blocks += decision.matched
+        return decision
+
+    def explain(self, job: Job, now: float) -> Decision | None:
+        """What :meth:`choose` would answer for the prompt now, leaving no trace."""
+        found = self._ask(job, job.tokens, None)
+        return None if found is None else self.router.explain(*found, now)
+
+    def _ask(self, job: Job, tokens: array[int], failed: NodeId | None) -> tuple[Ask, list[Target]] | None:
+        model = self._models.get(job.model)
+        if model is None or not model.targets:
+            return None
+        exclude: tuple[NodeId, ...] = ()
+        if failed is not None and not job.pin and any(target.worker != failed for target in model.targets):
+            exclude = (failed,)
+        hashes: list[int] = []
+        if self._hashing:
+            params = job.params
+            hashes = sequence_hashes(_little(tokens), model.block_size, root_seed(params.lora, params.cache_salt))
+        return Ask(len(tokens), hashes, model.block_size, job.pin, job.session, exclude), model.targets
+
+    # The queue before saturated targets.
+
+    def must_wait(self, model: str, now: float) -> bool:
+        """All targets are saturated, or others wait already."""
+        known = self._models.get(model)
+        return known is not None and bool(known.targets) and (len(known.queue) > 0 or self._saturated(known, now))
+
+    def wait(self, rid: int, job: Job, now: float) -> None:
+        """Put a request into its model's queue. Raises Rejected (429) if it is full."""
+        model = self._models[job.model]
+        clear_s = self.router.clear_s(model.targets, now)
+        model.queue.wait(rid, now, priority=job.params.priority, client=job.client, clear_s=clear_s)
+        self.crowded.add(job.model)
+
+    def leave(self, rid: int, job: Job) -> None:
+        """The request waits no more, if it did."""
+        model = self._models.get(job.model)
+        if model is not None and model.queue.cancel(rid) and not len(model.queue):
+            self.crowded.discard(job.model)
+
+    def next(self, model: str, now: float) -> int | None:
+        """Whose turn it is; None if nobody waits or there is no room. With no target left, all may leave the queue."""
+        known = self._models[model]
+        rid = None
+        if not known.targets or not self._saturated(known, now):
+            rid = known.queue.next(now)
+        if not len(known.queue):
+            self.crowded.discard(model)
+        assert rid is None or isinstance(rid, int)
+        return rid
+
+    def overdue(self, now: float) -> list[tuple[int, Failure]]:
+        """Those that have waited too long, and what to tell them."""
+        late = [one for name in list(self.crowded) for one in self._models[name].queue.overdue(now)]
+        self.crowded = {name for name in self.crowded if len(self._models[name].queue)}
+        return [(rid, failure) for rid, failure in late if isinstance(rid, int)]
+
+    def queued(self) -> dict[str, int]:
+        """How many wait, by model."""
+        return {name: len(model.queue) for name, model in self._models.items()}
+
+    # Inside.
+
+    def _saturated(self, model: _Model, now: float) -> bool:
+        return self.router.saturated(model.targets, now)
+
+    def _target(self, worker: NodeId, rank: int, tells: bool) -> Target:
+        key = (worker, rank)
+        target = self._targets.get(key)
+        if target is None:
+            target = self._targets[key] = Target(worker, rank, self._slots.get(key, -1))
+        target.approximate = self._hashing and not tells
+        return target
+
+    def _forget(self, key: Key) -> None:
+        self.router.predictions.forget(self._targets.pop(key))
+
+
+def _little(tokens: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        tokens = array("I", tokens)
+        tokens.byteswap()
+    return tokens.tobytes()
