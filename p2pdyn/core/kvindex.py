@@ -2,7 +2,7 @@
 
 A sequence hash names a whole prefix, so the longest prefix that each target holds is one walk over the prompt's hashes,
 ANDing.  A target is a bit, its ``slot``.  One that leaves is masked at once; its bits are swept in slices and its slot
-is given to another only afterwards.  The hot loops run inside map, accumulate and dict, at a fraction of Python's time.
+is given to another only afterwards.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import accumulate, compress, repeat
-from operator import and_, ne, neg, or_, xor
+from itertools import accumulate, repeat
+from operator import and_, neg, or_, xor
 
 from p2pdyn.wire.kvpack import DEVICE, TIERS
 
@@ -51,7 +51,7 @@ class KvIndex:
         self._dead = 0
         self._sweeping = 0
         self._todo: list[tuple[dict[int, int], list[int]]] = []
-        self._shared: dict[int, int] = {}
+        self._shared: dict[int, int] = {}  # one object for equal sets: 28 bytes and more, for which 8 then serve
 
     def __len__(self) -> int:
         """(hash, tier) entries, those still to be swept among them."""
@@ -113,15 +113,9 @@ class KvIndex:
         for key, held in zip(keys, map(tier.get, keys, repeat(0)), strict=True):
             if held & mask:
                 if left := held & ~mask:
-                    tier[key] = self._share(left)
+                    tier[key] = self._shared.setdefault(left, left)
                 else:
                     del tier[key]
-
-    def _share(self, held: int) -> int:
-        """One object for equal sets: 28 bytes and more, for which 8 then serve."""
-        if len(self._shared) > _MAX_SHARED:
-            self._shared.clear()
-        return self._shared.setdefault(held, held)
 
     # Blocks
 
@@ -142,33 +136,40 @@ class KvIndex:
         bit = 1 << slot
         if not bit & self.live:
             return 0, 0
+        if len(self._shared) > _MAX_SHARED:
+            self._shared.clear()
+        bit = self._shared.setdefault(bit, bit)
         count = total = 0
         for at in range(0, len(hashes), _SLICE):
-            more, theirs = change(self._tiers[tier], self._share(bit), hashes[at : at + _SLICE].tolist())
+            more, theirs = change(self._tiers[tier], bit, hashes[at : at + _SLICE].tolist())
             count += more
             total ^= theirs
         return count, total
 
     def _store(self, tier: dict[int, int], bit: int, keys: list[int]) -> tuple[int, int]:
-        before = list(map(tier.get, keys, repeat(0)))
-        news = not any(before)
-        after = [] if news else list(map(self._share, map(or_, before, repeat(bit))))
-        entries = dict.fromkeys(keys, bit) if news else dict(zip(keys, after, strict=True))
-        if len(entries) < len(keys):  # a key is there twice
-            return self._store(tier, bit, list(entries))
-        tier.update(entries)
-        if not news:
-            keys = list(compress(keys, map(ne, before, after)))
-        return len(keys), reduce(xor, keys, 0)
+        get, share = tier.get, self._shared.setdefault
+        known = []
+        for key in keys:
+            held = get(key)
+            if held is None:
+                tier[key] = bit
+            elif held & bit:
+                known.append(key)
+            else:
+                held |= bit
+                tier[key] = share(held, held)
+        return len(keys) - len(known), reduce(xor, known, reduce(xor, keys, 0))
 
     def _remove(self, tier: dict[int, int], bit: int, keys: list[int]) -> tuple[int, int]:
+        get, share = tier.get, self._shared.setdefault
         gone = []
         for key in keys:
-            held = tier.get(key, 0)
+            held = get(key, 0)
             if held == bit:
                 del tier[key]
             elif held & bit:
-                tier[key] = self._share(held ^ bit)
+                held ^= bit
+                tier[key] = share(held, held)
             else:
                 continue
             gone.append(key)

@@ -203,11 +203,25 @@ class KvStream:
                 self._reset()
             case Tick():
                 pass
+        if self._is_settled(now):
+            return []
         self._fill(now)
         self._drain(now)
         fetches = self._ask(now)
         self._judge(now)
         return fetches
+
+    def _is_settled(self, now: float) -> bool:
+        """Exact before and after the event, as after almost every batch: there is nothing to ask or to judge."""
+        base = self._base
+        return (
+            base is not None
+            and self.state == EXACT
+            and base.seq == self._top
+            and not self._wrong
+            and not self._full
+            and now < self._heard + STALE_S
+        )
 
     def next_deadline(self) -> float | None:
         """In the past while a snapshot or a replay is being applied."""

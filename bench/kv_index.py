@@ -1,0 +1,351 @@
+"""The KV index: ingest, decision, memory and bytes on the wire; one JSON line each.
+
+The peer in the same run is a naive dict with int bit sets, fed with ready lists of ints, which decodes, numbers, counts
+and checks nothing (`ratio`: our time over its time; for ingest our rate over its rate).  Sides alternate; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import struct
+import time
+import tracemalloc
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+from xxhash import xxh3_64_intdigest
+
+from p2pdyn.core.kvhash import sequence_hashes
+from p2pdyn.core.kvindex import KvIndex
+from p2pdyn.core.kvjournal import KvJournal
+from p2pdyn.core.kvstream import Fetched, KvStream, Up
+from p2pdyn.engines.base import BlocksRemoved, BlocksStored, KvEvent
+from p2pdyn.wire.codec import decode, encode
+from p2pdyn.wire.events import KvBatch
+from p2pdyn.wire.kvpack import STORED, Op, pack_ops, pack_snapshot
+from p2pdyn.wire.schema import EVENTS
+
+TARGETS = 32
+BLOCK = 16
+"""Tokens a block."""
+PROMPT = 8192
+SHARED = 64
+"""Leading blocks of a prompt that every target holds: a system prompt."""
+
+Side = Callable[[], float]
+"""One timed round, in seconds."""
+
+
+def alternate(ours: Side, naive: Side, rounds: int) -> tuple[float, float]:
+    """The median seconds of each, with the collector off: it would charge either for the other's garbage."""
+    sides: tuple[list[float], list[float]] = [], []
+    for turn in range(rounds):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            gc.collect()
+            gc.disable()
+            sides[which].append((ours, naive)[which]())
+            gc.enable()
+    return statistics.median(sides[0]), statistics.median(sides[1])
+
+
+def ingest(blocks: int, per_batch: int, rounds: int, rng: random.Random) -> None:
+    """Received bytes of KvBatch to the index. Half of each batch is new, half takes away what came ``lag`` before."""
+    lag = 64
+    stored = [[rng.getrandbits(64) for _ in range(per_batch)] for _ in range(max(2 * lag, blocks // per_batch // 2))]
+    messages = []
+    for at, hashes in enumerate(stored):
+        ops = [Op(STORED, 0, array("Q", hashes))]
+        if at >= lag:
+            ops.append(Op(1, 0, array("Q", stored[at - lag])))
+        messages.append(encode(KvBatch("a" * 16, 7, 0, at + 1, pack_ops(ops))))
+    changes = per_batch * (2 * len(stored) - lag)
+
+    def ours() -> float:
+        index = KvIndex()
+        stream = KvStream(index, 0)
+        stream.handle(Up(), 0.0)
+        stream.handle(Fetched(1, pack_snapshot(7, 0, [])), 0.0)
+        start = time.perf_counter()
+        for data in messages:
+            stream.handle(decode(EVENTS, data), 0.0)  # type: ignore[arg-type]
+        spent = time.perf_counter() - start
+        if (stream.seq, stream.blocks) != (len(messages), lag * per_batch):
+            raise SystemExit("ingest: not every block arrived")
+        return spent
+
+    def naive() -> float:
+        held: dict[int, int] = {}
+        bit = 1
+        start = time.perf_counter()
+        for at, hashes in enumerate(stored):
+            for one in hashes:
+                held[one] = held.get(one, 0) | bit
+            if at >= lag:
+                for one in stored[at - lag]:
+                    left = held.get(one, 0) & ~bit
+                    if left:
+                        held[one] = left
+                    else:
+                        held.pop(one, None)
+        return time.perf_counter() - start
+
+    mine, theirs = alternate(ours, naive, rounds)
+    _print(
+        {
+            "bench": "kv-ingest",
+            "blocks_a_batch": per_batch,
+            "blocks_s": round(changes / mine),
+            "naive_blocks_s": round(changes / theirs),
+            "ratio": round(theirs / mine, 2),
+        }
+    )
+
+
+def ingest_stores(blocks: int, per_batch: int, rounds: int, rng: random.Random) -> None:
+    """Stores alone, by 8 targets, a quarter of which another target holds: the naive figure of the design page."""
+    targets = 8
+    common = [rng.getrandbits(64) for _ in range(blocks // targets // 4)]
+    plan: list[tuple[int, list[int]]] = []
+    for target in range(targets):
+        own = common + [rng.getrandbits(64) for _ in range(blocks // targets - len(common))]
+        plan += [(target, own[at : at + per_batch]) for at in range(0, len(own), per_batch)]
+    plan.sort(key=lambda _: rng.random())
+    seqs = [0] * targets
+    messages = []
+    for target, hashes in plan:
+        seqs[target] += 1
+        ops = pack_ops([Op(STORED, 0, array("Q", hashes))])
+        messages.append((target, encode(KvBatch("a" * 16, 7, 0, seqs[target], ops))))
+
+    def ours() -> float:
+        index = KvIndex()
+        streams = [KvStream(index, 0) for _ in range(targets)]
+        for stream in streams:
+            stream.handle(Up(), 0.0)
+            stream.handle(Fetched(1, pack_snapshot(7, 0, [])), 0.0)
+        start = time.perf_counter()
+        for target, data in messages:
+            streams[target].handle(decode(EVENTS, data), 0.0)  # type: ignore[arg-type]
+        return time.perf_counter() - start
+
+    def naive() -> float:
+        held: dict[int, int] = {}
+        start = time.perf_counter()
+        for target, hashes in plan:
+            bit = 1 << target
+            for one in hashes:
+                held[one] = held.get(one, 0) | bit
+        return time.perf_counter() - start
+
+    mine, theirs = alternate(ours, naive, rounds)
+    _print(
+        {
+            "bench": "kv-ingest-stores",
+            "blocks_a_batch": per_batch,
+            "blocks_s": round(blocks / mine),
+            "naive_blocks_s": round(blocks / theirs),
+            "ratio": round(theirs / mine, 2),
+        }
+    )
+
+
+def _naive_hashes(tokens: bytes) -> list[int]:
+    size = 4 * BLOCK
+    hashes: list[int] = []
+    pack = struct.Struct("<QQ").pack
+    for end in range(size, len(tokens) + 1, size):
+        block = xxh3_64_intdigest(tokens[end - size : end], 1337)
+        hashes.append(xxh3_64_intdigest(pack(hashes[-1], block), 1337) if hashes else block)
+    return hashes
+
+
+def _naive_match(held: dict[int, int], hashes: list[int], among: int) -> dict[int, int]:
+    found: dict[int, int] = {}
+    standing = among
+    for depth, one in enumerate(hashes):
+        now = standing & held.get(one, 0)
+        if now != standing:
+            lost = standing & ~now
+            while lost:
+                low = lost & -lost
+                found[low.bit_length() - 1] = depth
+                lost ^= low
+            standing = now
+            if not now:
+                break
+    while standing:
+        low = standing & -standing
+        found[low.bit_length() - 1] = len(hashes)
+        standing ^= low
+    return {slot: depth for slot, depth in found.items() if depth}
+
+
+def decision(length: int, background: int, tiers: int, rounds: int, rng: random.Random) -> None:
+    """Hash a prompt and match it among the targets: one holds all of it, the others the system prompt and a little."""
+    tokens = array("I", [rng.randrange(150_000) for _ in range(length)]).tobytes()
+    hashes = sequence_hashes(tokens, BLOCK)
+    if hashes != _naive_hashes(tokens):
+        raise SystemExit("decision: the hashes differ")
+    index = KvIndex()
+    held: dict[int, int] = {}
+    for target in range(TARGETS):
+        slot = index.add()
+        depth = len(hashes) if target == 5 else min(len(hashes), SHARED + 4 * target)
+        own = hashes[:depth] + [rng.getrandbits(64) for _ in range(background // TARGETS)]
+        if tiers > 1:  # the second half of each prefix lies in host memory
+            index.store(slot, 1, array("Q", hashes[depth // 2 : depth]))
+            index.store(slot, 0, array("Q", own[: depth // 2] + own[depth:]))
+        else:
+            index.store(slot, 0, array("Q", own))
+        for one in own:
+            held[one] = held.get(one, 0) | 1 << slot
+    among = (1 << TARGETS) - 1
+    if index.match(hashes, among).blocks != _naive_match(held, hashes, among):
+        raise SystemExit("decision: the matches differ")
+
+    def timed(call: Callable[[], object]) -> Side:
+        def side() -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return side
+
+    both = alternate(
+        timed(lambda: index.match(sequence_hashes(tokens, BLOCK), among)),
+        timed(lambda: _naive_match(held, _naive_hashes(tokens), among)),
+        rounds,
+    )
+    alone = alternate(
+        timed(lambda: index.match(hashes, among)), timed(lambda: _naive_match(held, hashes, among)), rounds
+    )
+    _print(
+        {
+            "bench": "kv-decision",
+            "tokens": length,
+            "targets": TARGETS,
+            "tiers": tiers,
+            "index_blocks": len(index),
+            "us": round(both[0] * 1e6, 1),
+            "naive_us": round(both[1] * 1e6, 1),
+            "ratio": round(both[0] / both[1], 2),
+            "match_us": round(alone[0] * 1e6, 1),
+            "naive_match_us": round(alone[1] * 1e6, 1),
+            "us_a_block": round(both[0] * 1e6 / len(hashes), 3),
+        }
+    )
+
+
+def memory(blocks: int, rng: random.Random) -> None:
+    """Bytes a block of an index of that many, over targets each of which shares a tenth with the others."""
+    common = [rng.getrandbits(64) for _ in range(blocks // 10)]
+    parts = [
+        array("Q", [rng.getrandbits(64) for _ in range((blocks - len(common)) // TARGETS)]) for _ in range(TARGETS)
+    ]
+    gc.collect()
+    tracemalloc.start()
+    index = KvIndex()
+    for part in parts:
+        slot = index.add()
+        index.store(slot, 0, part)
+        index.store(slot, 0, array("Q", [one for one in common if rng.random() < 0.3]))
+    gc.collect()
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    index.drop(0)
+    pauses = []
+    done = False
+    while not done:
+        start = time.perf_counter()
+        done = index.sweep()
+        pauses.append(time.perf_counter() - start)
+    _print(
+        {
+            "bench": "kv-memory",
+            "blocks": len(index),
+            "targets": TARGETS,
+            "bytes_a_block": round(size / len(index), 1),
+            "peak_bytes_a_block": round(peak / len(index), 1),
+            "sweep_ms": round(sum(pauses) * 1e3, 1),
+            "sweep_longest_ms": round(max(pauses) * 1e3, 2),
+        }
+    )
+
+
+def traffic(seconds: int, rng: random.Random) -> None:
+    """Bytes published by one worker with a full cache: 5 requests/s of 4096 tokens, half of them cached, that make 256
+    tokens each at 100 steps a second. Each subscriber costs as many."""
+    rate, new, made = 5.0, 2048 // BLOCK, 256 // BLOCK
+    worker = KvJournal("a" * 16, 7, 0, BLOCK)
+    capacity = 45_700
+    cached: list[int] = []
+    sent = batches = changed = serial = 0
+
+    def store(count: int) -> list[KvEvent]:
+        nonlocal serial, changed
+        ids = tuple(range(serial, serial + count))
+        serial += count
+        cached.extend(ids)
+        tokens = tuple(rng.randrange(150_000) for _ in range(count * BLOCK))
+        events: list[KvEvent] = [BlocksStored(ids, None, tokens)]
+        if over := cached[: max(0, len(cached) - capacity)]:
+            events.append(BlocksRemoved(tuple(over)))
+            del cached[: len(over)]
+        changed += count + len(over)
+        return events
+
+    worker.take(store(capacity))
+    changed, start = 0, time.perf_counter()
+    for step in range(100 * seconds):
+        events = store(new) if rng.random() < rate / 100 else []
+        if rng.random() < rate * made / 100:
+            events += store(1)
+        for batch in worker.take(events):
+            sent += len(encode(batch))
+            batches += 1
+        if step % 100 == 0:
+            sent += len(encode(worker.digest()))
+    spent = time.perf_counter() - start
+    _print(
+        {
+            "bench": "kv-traffic",
+            "requests_s": rate,
+            "batches_s": round(batches / seconds, 1),
+            "blocks_changed_s": round(changed / seconds, 1),
+            "bytes_s": round(sent / seconds),
+            "bytes_a_block": round(sent / changed, 2),
+            "snapshot_bytes": len(worker.snapshot()),
+            "worker_us_a_block": round(spent * 1e6 / changed, 2),
+        }
+    )
+
+
+def _print(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="little of each: proves that it runs")
+    quick = parser.parse_args().quick
+    rng = random.Random(0)
+    rounds = 3 if quick else 15
+    blocks = 20_000 if quick else 400_000
+    for per_batch in (2, 16, 128, 512):
+        ingest(blocks, per_batch, rounds, rng)
+    for per_batch in (16, 128, 512):
+        ingest_stores(blocks, per_batch, rounds, rng)
+    for length in (1024, PROMPT, 32_768, 100_000):
+        decision(length, 10_000 if quick else 500_000, 1, 10 * rounds, rng)
+    decision(PROMPT, 10_000 if quick else 500_000, 2, 10 * rounds, rng)
+    memory(20_000 if quick else 1_000_000, rng)
+    traffic(2 if quick else 60, rng)
+
+
+if __name__ == "__main__":
+    main()
