@@ -38,6 +38,8 @@ class Running:
     finish: str = ""
     cached: int = 0
     logprobs: Logprobs = ()
+    started: bool = False
+    """Its first output has come in."""
 
 
 @dataclass(slots=True)
@@ -59,6 +61,8 @@ class Served:
         self.tokens = 0
         """Taken so far."""
         self.draining = False
+        self.started: list[tuple[int, int]] = []
+        """(key, cached prompt tokens) of those whose first output has come in; the caller clears it."""
         self._due: list[Running] = []
         self._ended = 0
         self.connections: dict[bytes, Connection] = {}
@@ -130,6 +134,9 @@ class Served:
             running = running_by_key.get(output.key)
             if running is None or running.finish:
                 continue
+            if not running.started:
+                running.started = True
+                self.started.append((output.key, output.cached))
             running.held += output.tokens
             if output.finish:
                 running.finish = output.finish

@@ -1,14 +1,16 @@
 """How fast a worker is, measured from what its engine does: what routers need to compare unlike machines.
 
-Prefill: an engine computes prompts one after the other, in chunks and mixed with decodes, so the prompt that got its
-first token now was computed since the later of its own submit and the first token before it.  The speed is tokens over
-time, both summed with exponential forgetting, so that long prompts count as they should.
+Prefill: an engine computes prompts one after the other, in chunks and mixed with decodes, so the prompts that got their
+first token now were computed since the later of their own submit and the first token before it.  The speed is tokens
+over time, both summed with exponential forgetting, so that long prompts count as they should.
 
 Decode: the time from one step to the next, in steps without prefill, against the KV blocks in use; a line is fitted by
 least squares with exponential forgetting.  Its slope is what another block of context costs every step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 MIN_TOKENS = 64
 """Shorter prefills are mostly overhead; they would make a worker look slow."""
@@ -39,13 +41,15 @@ class SpeedMeter:
     def submitted(self, key: int, tokens: int, now: float) -> None:
         self._prefilling[key] = (tokens, now)
 
-    def first_token(self, key: int, cached: int, now: float) -> None:
-        """The sequence's prompt has been computed, but for ``cached`` tokens from the prefix cache."""
-        begun = self._prefilling.pop(key, None)
-        if begun is None:
-            return
-        tokens, since = begun[0] - cached, max(begun[1], self._last_first)
-        self._last_first = now
+    def first_tokens(self, started: Iterable[tuple[int, int]], now: float) -> None:
+        """Prompts whose first token has come in one step, as (key, tokens of it from the prefix cache)."""
+        tokens, since = 0, now
+        for key, cached in started:
+            begun = self._prefilling.pop(key, None)
+            if begun is not None:
+                tokens += begun[0] - cached
+                since = min(since, begun[1])
+        since, self._last_first = max(since, self._last_first), now
         if tokens >= MIN_TOKENS and now > since:
             self._tokens = KEEP * self._tokens + tokens
             self._seconds = KEEP * self._seconds + now - since
@@ -59,20 +63,26 @@ class SpeedMeter:
         self._prefilling.clear()
         self._pure = False
 
-    def step(self, decoding: int, blocks: int, now: float) -> None:
-        """A step has ended, which ``decoding`` sequences took part in; ``blocks`` are in use."""
+    def step(self, decoding: int, now: float) -> float:
+        """A step has ended that ``decoding`` sequences took part in: how long it took, for :meth:`sample`, or 0 if
+        that says nothing or was asked for a moment ago."""
         pure = decoding > 0 and not self._prefilling
-        took = now - self._stepped
-        self._stepped = now
-        if pure and self._pure and took < LONG_S and now - self._sampled >= SAMPLE_S:
-            self._sampled = now
-            keep, x = KEEP_STEP, float(blocks)
-            self._n = keep * self._n + 1.0
-            self._x = keep * self._x + x
-            self._y = keep * self._y + took
-            self._xx = keep * self._xx + x * x
-            self._xy = keep * self._xy + x * took
+        took, self._stepped = now - self._stepped, now
+        wanted = pure and self._pure and took < LONG_S and now - self._sampled >= SAMPLE_S
         self._pure = pure
+        if not wanted:
+            return 0.0
+        self._sampled = now
+        return took
+
+    def sample(self, took: float, blocks: int) -> None:
+        """A step without prefill took so many seconds with so many blocks in use."""
+        keep, x = KEEP_STEP, float(blocks)
+        self._n = keep * self._n + 1.0
+        self._x = keep * self._x + x
+        self._y = keep * self._y + took
+        self._xx = keep * self._xx + x * x
+        self._xy = keep * self._xy + x * took
 
     # What is known of it.
 

@@ -12,6 +12,7 @@ from time import monotonic
 
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
 from p2pdyn.core.served import Served
+from p2pdyn.core.speed import SpeedMeter
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = min(STREAM_HEARTBEAT_S, LOAD_EVENT_S)
 LOAD_SETTLE_S = 0.02
+TELL_TOKENS = 512
+"""Prompts that long are told of within LOAD_SETTLE_S: other frontends must not send theirs to the same worker."""
 STEPS_S = 0.001
 """Engine steps that follow each other faster than this share a message: each costs both peers a wake-up of two threads.
 A step after a pause is sent at once, so that an engine with steps longer than this is never held up."""
@@ -46,6 +49,7 @@ class WorkerService:
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
         self.kv: KvSource | None = None
+        self._speed = SpeedMeter()
         self._admitted: list[base.Sequence] = []
         self._aborted: list[int] = []
         self._admitting = False
@@ -112,6 +116,7 @@ class WorkerService:
         self._send_due(held_back=True)
         for running in self._served.all_failed():
             self._send(running.connection, encode(Refused(running.rid, running.attempt, "engine", reason[:500])))
+        self._speed.clear()
         self._served = None
 
     def close(self) -> None:
@@ -196,6 +201,8 @@ class WorkerService:
             if waiting:
                 self._admitted = [s for s in self._admitted if s.key not in waiting]
                 keys = [key for key in keys if key not in waiting]
+        for key in keys:
+            self._speed.gone(key)
         self._aborted += keys
 
     def _batch_done(self) -> None:
@@ -211,9 +218,13 @@ class WorkerService:
     def _admit(self) -> None:
         self._admitting = False
         if self._admitted and self._runner is not None:
+            now, total = monotonic(), 0
+            for sequence in self._admitted:
+                total += len(sequence.tokens)
+                self._speed.submitted(sequence.key, len(sequence.tokens), now)
             self._runner.submit(self._admitted)
             self._admitted = []
-            if not self._was_busy:
+            if total >= TELL_TOKENS or not self._was_busy:
                 self._publish_load_soon()
 
     # Steps out.
@@ -226,10 +237,20 @@ class WorkerService:
         if served is None or not step.outputs:
             return
         served.outputs(step.outputs)
-        if monotonic() - self._sent >= STEPS_S or not served.generating:
+        now = monotonic()
+        self._measure(served, len(step.outputs), now)
+        if now - self._sent >= STEPS_S or not served.generating:
             self._send_due()
         elif self._send_timer is None:
             self._send_timer = self._loop.call_later(STEPS_S, self._send_late)
+
+    def _measure(self, served: Served, outputs: int, now: float) -> None:
+        if served.started:
+            self._speed.first_tokens(served.started, now)
+            served.started.clear()
+        took = self._speed.step(outputs, now)
+        if took:
+            self._speed.sample(took, self.load.active_blocks)
 
     def _send_late(self) -> None:
         self._send_timer = None
@@ -285,7 +306,7 @@ class WorkerService:
                 self._send(connection, encode(Heartbeat(self._epoch, steps, tuple(known.open))))
 
     def _publish_load_soon(self) -> None:
-        """From idle to busy or back; under light load that is twice a request, so not each one is told."""
+        """From idle to busy or back, or a long prompt; not each is told, under light load that is twice a request."""
         if self._load_timer is None:
             self._load_timer = self._loop.call_later(LOAD_SETTLE_S, self._publish_load)
 
@@ -293,7 +314,7 @@ class WorkerService:
         if self._load_timer is not None:
             self._load_timer.cancel()
             self._load_timer = None
-        load = self.load
+        load, speed = self.load, self._speed
         self._was_busy = self.open > 0
         self._event_seq += 1
         event = LoadEvent(
@@ -305,8 +326,9 @@ class WorkerService:
             load.queued,
             load.kv_used,
             load.kv_total,
-            load.prefill_tokens_queued,
-            load.prefill_tps,
-            load.itl_ms,
+            load.prefill_tokens_queued or speed.backlog,
+            speed.prefill_tps or load.prefill_tps,
+            speed.itl_ms(load.active_blocks) or load.itl_ms,
+            speed.itl_per_block_ms or load.itl_per_block_ms,
         )
         self._events.send((TOPIC_LOAD, encode(event)))

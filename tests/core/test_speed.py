@@ -9,6 +9,20 @@ import pytest
 from p2pdyn.core.speed import LONG_S, SAMPLE_S, SpeedMeter
 
 
+def step(meter: SpeedMeter, decoding: int, blocks: int, now: float) -> None:
+    took = meter.step(decoding, now)
+    if took:
+        meter.sample(took, blocks)
+
+
+def test_prompts_that_are_computed_together_count_together() -> None:
+    meter = SpeedMeter()
+    for key in range(5):
+        meter.submitted(key, 1500, 0.0)
+    meter.first_tokens([(key, 0) for key in range(5)], 1.5)
+    assert meter.prefill_tps == pytest.approx(5000)
+
+
 def test_nothing_measured_is_zero() -> None:
     meter = SpeedMeter()
     assert (meter.prefill_tps, meter.itl_ms(100), meter.itl_per_block_ms, meter.backlog) == (0, 0, 0, 0)
@@ -23,7 +37,7 @@ def test_prefill_speed_of_a_queue_computed_one_after_the_other() -> None:
     now = 0.0
     for key, tokens in enumerate(prompts):
         now += tokens / 5000
-        meter.first_token(key, 0, now)
+        meter.first_tokens([(key, 0)], now)
     assert meter.prefill_tps == pytest.approx(5000)
     assert meter.backlog == 0
 
@@ -32,7 +46,7 @@ def test_cached_tokens_took_no_time() -> None:
     meter = SpeedMeter()
     for key in range(5):
         meter.submitted(key, 4000, float(key))
-        meter.first_token(key, 3000, key + 0.25)
+        meter.first_tokens([(key, 3000)], key + 0.25)
     assert meter.prefill_tps == pytest.approx(4000)
 
 
@@ -40,17 +54,17 @@ def test_idle_time_between_prompts_does_not_count() -> None:
     meter = SpeedMeter()
     for key in range(5):
         meter.submitted(key, 1000, 100.0 * key)
-        meter.first_token(key, 0, 100.0 * key + 0.5)
+        meter.first_tokens([(key, 0)], 100.0 * key + 0.5)
     assert meter.prefill_tps == pytest.approx(2000)
 
 
 def test_short_and_aborted_prompts_are_no_measure() -> None:
     meter = SpeedMeter()
     meter.submitted(1, 10, 0.0)
-    meter.first_token(1, 0, 1.0)
+    meter.first_tokens([(1, 0)], 1.0)
     meter.submitted(2, 1000, 1.0)
     meter.gone(2)
-    meter.first_token(2, 0, 9.0)
+    meter.first_tokens([(2, 0)], 9.0)
     assert meter.prefill_tps == 0
     assert meter.backlog == 0
 
@@ -60,7 +74,7 @@ def test_a_worker_that_becomes_slower_is_seen_to() -> None:
     for key in range(60):
         meter.submitted(key, 1000, now)
         now += 0.1 if key < 20 else 0.4
-        meter.first_token(key, 0, now)
+        meter.first_tokens([(key, 0)], now)
     assert meter.prefill_tps == pytest.approx(2500, rel=0.05)
 
 
@@ -69,7 +83,7 @@ def test_decode_steps_give_itl_and_its_growth_with_blocks() -> None:
     for _ in range(400):
         blocks = rng.randrange(10, 5000)
         now += 0.010 + blocks * 1e-6 + rng.uniform(-5e-4, 5e-4)
-        meter.step(8, blocks, now)
+        step(meter, 8, blocks, now)
     assert meter.itl_per_block_ms == pytest.approx(1e-3, rel=0.1)
     assert meter.itl_ms(0) == pytest.approx(10, rel=0.05)
     assert meter.itl_ms(5000) == pytest.approx(15, rel=0.05)
@@ -79,24 +93,24 @@ def test_equal_block_counts_tell_no_growth() -> None:
     meter, now = SpeedMeter(), 0.0
     for _ in range(400):
         now += 0.01
-        meter.step(8, 1000, now)
+        step(meter, 8, 1000, now)
     assert meter.itl_per_block_ms == 0
     assert meter.itl_ms(4000) == pytest.approx(10)
 
 
 def test_steps_that_prefill_idle_gaps_and_a_stopped_process_are_no_itl() -> None:
     meter = SpeedMeter()
-    meter.step(1, 10, 1.0)
+    step(meter, 1, 10, 1.0)
     meter.submitted(1, 5000, 1.0)
-    meter.step(1, 10, 2.0)  # it prefilled
-    meter.first_token(1, 0, 2.0)
-    meter.step(1, 10, 3.0)  # the step before it did
-    meter.step(0, 10, 3.1)  # nothing decodes
-    meter.step(1, 10, 4.0)
-    meter.step(1, 10, 4.0 + LONG_S)
+    step(meter, 1, 10, 2.0)  # it prefilled
+    meter.first_tokens([(1, 0)], 2.0)
+    step(meter, 1, 10, 3.0)  # the step before it did
+    step(meter, 0, 10, 3.1)  # nothing decodes
+    step(meter, 1, 10, 4.0)
+    step(meter, 1, 10, 4.0 + LONG_S)
     assert meter.itl_ms(10) == 0
-    meter.step(1, 10, 4.1 + LONG_S)
-    meter.step(1, 10, 4.1 + LONG_S + SAMPLE_S / 2)  # too soon after the last sample
+    step(meter, 1, 10, 4.1 + LONG_S)
+    step(meter, 1, 10, 4.1 + LONG_S + SAMPLE_S / 2)  # too soon after the last sample
     assert meter.itl_ms(10) == pytest.approx(100)
 
 
