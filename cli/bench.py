@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from math import inf
+from pathlib import Path
 
 import click
+
+from p2pdyn.cli.errors import USAGE, Failure
+from p2pdyn.core.router_cost import POLICIES
 
 
 @click.group("bench")
@@ -26,3 +31,77 @@ def membership(nodes: int, loss: float, links: str, seed: int, as_json: bool) ->
 
     report = bench_membership.run(nodes=nodes, loss=loss, links=links, seed=seed)
     click.echo(json.dumps(report) if as_json else bench_membership.render(report))
+
+
+class _Blocks(click.ParamType):
+    name = "N|inf"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if value in ("inf", inf):
+            return inf
+        try:
+            blocks = int(str(value))
+        except ValueError:
+            blocks = 0
+        if blocks < 1:
+            self.fail(f"{value!r} is neither a number of blocks from 1 on nor 'inf'", param, ctx)
+        return float(blocks)
+
+
+@command.command(
+    epilog="\b\nExample:\n  p2pdyn bench route --trace conversation_trace.jsonl --workers 8 --cache-blocks inf \\\n"
+    "      --prefill-tps 5000 --utilization 0.9 --policy kv --policy round-robin\n"
+)
+@click.option(
+    "--trace",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="Requests in Mooncake's format, one JSON object a line.",
+)
+@click.option("--workers", type=click.IntRange(1, 1024), default=8, show_default=True, help="Simulated workers.")
+@click.option("--cache-blocks", type=_Blocks(), default="inf", show_default=True, help="512-token blocks a worker.")
+@click.option(
+    "--prefill-tps",
+    type=click.FloatRange(1, 1e9),
+    default=5000.0,
+    show_default=True,
+    help="Prefill tokens a second of each worker.",
+)
+@click.option(
+    "--utilization",
+    type=click.FloatRange(0, 2, min_open=True),
+    default=0.75,
+    show_default=True,
+    help="Share of the time that round-robin keeps the workers busy with prefill; trace time is scaled to it.",
+)
+@click.option(
+    "--policy", "policies", type=click.Choice(list(POLICIES)), multiple=True, help="May be repeated; default: all."
+)
+@click.option("--frontends", type=click.IntRange(1, 64), default=1, show_default=True, help="That share the traffic.")
+@click.option(
+    "--seed", type=int, default=1, show_default=True, help="Of the random generator: equal seeds, equal runs."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def route(
+    trace: Path,
+    workers: int,
+    cache_blocks: float,
+    prefill_tps: float,
+    utilization: float,
+    policies: tuple[str, ...],
+    frontends: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Routing policies side by side: a trace through the real router against simulated workers with real caches."""
+    from p2pdyn.sim import bench_route, route_trace
+
+    setting = bench_route.Setting((prefill_tps,) * workers, cache_blocks, utilization, frontends, seed)
+    chosen = list(dict.fromkeys(policies)) or list(POLICIES)
+    try:
+        report = bench_route.run(route_trace.load(trace), chosen, setting, bench_route.show)
+    except route_trace.TraceError as error:
+        raise Failure(f"{error}.", USAGE) from error
+    finally:
+        bench_route.show("")
+    click.echo(json.dumps({"trace": trace.name, **report}) if as_json else bench_route.render(report))

@@ -26,6 +26,7 @@ from xxhash import xxh3_64_intdigest
 from p2pdyn.core.admission import DEFAULT_LIMITS, Limits, saturation
 from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, POLICIES, View
 from p2pdyn.core.router_predict import Predictions
+from p2pdyn.core.router_shared import Shared
 from p2pdyn.core.router_target import DEFAULT_TPS, Target
 from p2pdyn.core.types import NodeId
 
@@ -109,6 +110,7 @@ class Router:
     ) -> None:
         self.policy = policy
         self.predictions = Predictions() if predictions is None else predictions
+        self._shared = Shared()
         self._score = POLICIES[policy]
         self._margin = SESSION_MARGIN_S if policy == "kv" else inf
         self._rng = rng
@@ -126,6 +128,8 @@ class Router:
         decision = self._decide(ask, targets, now)
         self._turn += 1
         self._draws = (self._rng.random(), self._rng.random())
+        if decision is not None and (known := max(decision.view.matched)):
+            self._shared.left(ask.hashes[known - 1], now)
         return decision
 
     def explain(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
@@ -150,8 +154,10 @@ class Router:
             return None
         matched, credit = self._held(ask, targets, now)
         blocks = -(-ask.tokens // ask.block_size)
+        known = max(matched)
+        shared = self._shared.count(ask.hashes[known - 1]) if known else 0
         view = View(
-            ask.tokens, blocks, ask.block_size, targets, allowed, queues, matched, credit, now, self._output,
+            ask.tokens, blocks, ask.block_size, targets, allowed, queues, matched, credit, shared, now, self._output,
             self._turn, self._draws,
         )  # fmt: skip
         costs = self._score(view)

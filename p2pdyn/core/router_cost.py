@@ -2,8 +2,13 @@
 
 `kv` counts in seconds, so that unlike machines compare fairly:
 
-    queued prefill + MISS_WEIGHT * prefill of the uncached part + RECENT_WEIGHT * prefill sent there of late
-    + DECODE_WEIGHT * slowdown of its decode
+    queued prefill + prefill of the uncached part + what the copies that it makes cost others
+    + RECENT_WEIGHT * prefill sent there of late + DECODE_WEIGHT * slowdown of its decode
+
+A block that the target lacks and others hold is computed again, and the copy pushes other blocks out and splits the
+later turns of its conversation; so it counts MISS_WEIGHT times instead of once.  But of a prefix that many prompts
+share another copy does good: with n prompts that share it, or n targets that hold it, a block counts
+1 + (MISS_WEIGHT - 1) / n times.  What nobody holds has to be computed wherever the prompt goes, and counts once.
 
 `kv-dynamo` is NVIDIA Dynamo's form, in blocks at weight 1, for comparison (lib/kv-router/src/scheduling/selector).  The
 other policies do not look at the prompt.
@@ -18,7 +23,7 @@ from math import inf
 from p2pdyn.core.router_target import Target
 
 MISS_WEIGHT = 5.0
-"""A miss is paid again: the copy that it makes pushes others out, and later turns find the prefix twice."""
+"""Of a block that one other target holds for one conversation."""
 DECODE_WEIGHT = 1.0
 """A second of decode is a second of waiting; small by itself where prefill is the bottleneck."""
 REQUEST_S = 0.001
@@ -49,6 +54,8 @@ class View:
     """Leading blocks held in any tier, or predicted to be."""
     credit: list[float]
     """The same in blocks, those in slower tiers at their credit."""
+    shared: int
+    """How many prompts, a second apart, have left the known path where this one does."""
     now: float
     output: float
     """Tokens that an answer is expected to have."""
@@ -63,14 +70,30 @@ Scorer = Callable[[View], list[float]]
 def kv(view: View) -> list[float]:
     """Seconds."""
     tokens, size, blocks, output = view.tokens, view.block_size, view.blocks, view.output
+    copies = _copies(view.matched, view.shared)
     costs: list[float] = []
-    for target, queue, credit in zip(view.targets, view.queues, view.credit, strict=True):
+    for target, queue, matched, credit in zip(view.targets, view.queues, view.matched, view.credit, strict=True):
         load = target.load
-        cost = queue + MISS_WEIGHT * max(0.0, tokens - credit * size) / (load.prefill_tps or target.assumed_tps)
+        compute = max(0.0, tokens - credit * size) + copies[matched] * size
+        cost = queue + compute / (load.prefill_tps or target.assumed_tps)
         if load.itl_per_block_ms:
             cost += DECODE_WEIGHT * load.itl_per_block_ms * 1e-3 * (target.decode_blocks + blocks) * output
         costs.append(cost + RECENT_WEIGHT * target.recent_s(view.now) + REQUEST_S * target.requests)
     return costs
+
+
+def _copies(matched: list[int], shared: int) -> dict[int, float]:
+    """Matched blocks -> what the copies of blocks that others hold weigh, in blocks, beyond their computation."""
+    runs = sorted(matched, reverse=True)
+    longest = runs[0]
+    weights = {longest: 0.0}
+    weight, last = 0.0, longest
+    for holders, run in enumerate(runs):
+        if run < last:
+            weight += (last - run) * (MISS_WEIGHT - 1.0) / max(holders, shared)
+            weights[run] = weight
+            last = run
+    return weights
 
 
 def kv_dynamo(view: View) -> list[float]:

@@ -44,8 +44,8 @@ class Target:
     it holds is guessed from what was sent to it. ``now`` never goes back."""
 
     __slots__ = (
-        "_as_of", "_open", "_recent", "_reported", "_tokens", "_work", "_worked", "approximate", "assumed_tps", "load", "my_blocks",
-        "my_pending", "others", "others_blocks", "rank", "slot", "worker",
+        "_as_of", "_open", "_recent", "_reported", "_tokens", "_work", "_worked", "approximate", "assumed_tps", "load",
+        "my_blocks", "my_pending", "others", "others_blocks", "rank", "slot", "worker",
     )  # fmt: skip
 
     def __init__(self, worker: NodeId, rank: int = 0, slot: int = -1, approximate: bool = False) -> None:

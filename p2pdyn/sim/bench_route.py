@@ -63,6 +63,7 @@ class Replay:
     def __init__(self, trace: Sequence[Request], scale: float, policy: str, setting: Setting) -> None:
         self._trace = trace
         self._scale = scale
+        self._policy = policy
         self._rng = random.Random(setting.seed)
         self._index = KvIndex()
         self._workers = [Worker(number, tps, setting.cache) for number, tps in enumerate(setting.tps)]
@@ -81,7 +82,7 @@ class Replay:
         self.now = 0.0
         self._ttft = [0.0] * len(trace)
 
-    def run(self, progress: Callable[[int], None] | None = None) -> Result:
+    def run(self, progress: Callable[[str], None] | None = None) -> Result:
         for worker in self._workers:
             self._report(worker)
         for number, request in enumerate(self._trace):
@@ -90,7 +91,7 @@ class Replay:
             self.now = arrival
             self._arrive(number, request)
             if progress is not None and number % 500 == 0:
-                progress(number)
+                progress(f"{self._policy}: {number} of {len(self._trace)} requests")
         self._advance(inf)
         workers = self._workers
         return Result(
@@ -168,11 +169,9 @@ class Replay:
             self._later(self.now + LOAD_EVENT_S, self._tick, worker)
 
     def _report(self, worker: Worker) -> None:
-        self._later(self.now + TRANSIT_S, self._reported, self._number[worker.id], worker.load(self.now))
-
-    def _reported(self, number: int, load: Any) -> None:
+        number, load = self._number[worker.id], worker.load(self.now)
         for targets in self._targets:
-            targets[number].report(load, self.now)
+            self._later(self.now + TRANSIT_S, targets[number].report, load, self.now + TRANSIT_S)
 
 
 def optimum(trace: Sequence[Request]) -> int:
@@ -216,8 +215,7 @@ def run(
     best = optimum(trace)
     rows = []
     for policy in policies:
-        replay = Replay(trace, scale, policy, setting)
-        result = replay.run(None if progress is None else lambda done: progress(f"{policy}: {done} of {len(trace)}"))
+        result = Replay(trace, scale, policy, setting).run(progress)
         rows.append({"policy": policy, **_row(result, best)})
     return {
         "requests": len(trace),

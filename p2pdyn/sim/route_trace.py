@@ -1,8 +1,8 @@
 """Request traces in Mooncake's format (Qin et al., FAST '25), and synthetic ones of the same form.
 
-JSON lines: ``timestamp`` (ms), ``input_length`` and ``output_length`` (tokens), ``hash_ids`` (one a block of 512 tokens,
-the last may be partial).  An id names the prefix that ends with its block; ids are chained again on reading, so that a
-trace whose ids name only the block's content replays rightly as well.
+JSON lines: ``timestamp`` (ms), ``input_length`` and ``output_length`` (tokens), ``hash_ids`` (one a block of 512
+tokens, the last may be partial).  An id names the prefix that ends with its block; ids are chained again on
+reading, so that a trace whose ids name only the block's content replays rightly as well.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ def _parse(path: Path, number: int, line: str) -> tuple[float, int, int, list[An
     at, tokens = row.get("timestamp"), row.get("input_length")
     output, ids = row.get("output_length"), row.get("hash_ids", [])
     if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) < 1e15:
-        raise TraceError(f"{where} has no timestamp in milliseconds")
+        raise TraceError(f"{where} needs a timestamp in milliseconds")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 < tokens < MAX_TOKENS:
-        raise TraceError(f"{where} has no input_length from 1 to {MAX_TOKENS - 1} tokens")
+        raise TraceError(f"{where} needs an input_length of 1 to {MAX_TOKENS - 1} tokens")
     if output is None:
         output = DEFAULT_OUTPUT
     if isinstance(output, bool) or not isinstance(output, int) or not 0 <= output < MAX_TOKENS:
         raise TraceError(f"{where} has a bad output_length")
     if not isinstance(ids, list) or not all(isinstance(name, int | str) for name in ids):
-        raise TraceError(f"{where} has no hash_ids, a list of numbers")
+        raise TraceError(f"{where} needs hash_ids, a list of numbers")
     return float(at), tokens, max(1, output), ids
 
 
@@ -94,6 +94,19 @@ def conversations(rng: random.Random, count: int, rate: float) -> list[Request]:
 def agents(rng: random.Random, count: int, rate: float) -> list[Request]:
     """Tool-using agents: a hot system prompt of 16 blocks in three versions, many short turns in quick succession."""
     return _sessions(rng, count, rate, shared=(3, 16), turns=(5, 40), new=(1, 2), pause=(0.5, 5.0), output=(20, 200))
+
+
+def tools(rng: random.Random, count: int, rate: float) -> list[Request]:
+    """Single prompts behind one of six system prompts of 8 to 24 blocks, the first by far the most used."""
+    sizes = [8, 12, 16, 20, 24, 10]
+    at, rows = 0.0, []
+    for number in range(count):
+        at += rng.expovariate(rate)
+        which = min(int(rng.paretovariate(0.8)) - 1, len(sizes) - 1)
+        ids: list[Any] = [f"s{which}.{n}" for n in range(sizes[which])]
+        ids += [f"{number}.{n}" for n in range(rng.randint(1, 10))]
+        rows.append((at * 1e3, len(ids) * BLOCK - rng.randrange(BLOCK), rng.randint(20, 300), ids))
+    return build(rows)
 
 
 def documents(rng: random.Random, count: int, rate: float) -> list[Request]:
@@ -132,6 +145,7 @@ def unshared(rng: random.Random, count: int, rate: float) -> list[Request]:
 SYNTHETIC = {
     "conversations": conversations,
     "agents": agents,
+    "tools": tools,
     "documents": documents,
     "bursts": bursts,
     "unshared": unshared,

@@ -6,15 +6,14 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from math import inf
 
-from p2pdyn.core.router_target import Target
 from p2pdyn.core.types import Load, NodeId
-from p2pdyn.sim.route_trace import Request
+from p2pdyn.sim.route_trace import BLOCK, Request
 
 ITL_S = 0.01
 
 
 class PrefixCache:
-    """Least recently used blocks leave first; those in use do not, even if that means more than ``capacity`` of them."""
+    """Least recently used blocks leave first; those in use stay, even if that means more than ``capacity`` of them."""
 
     def __init__(self, capacity: float = inf) -> None:
         self.capacity = capacity
@@ -95,10 +94,6 @@ class Worker:
         self.reporting = False
         self._expected = 0
 
-    def target(self, slot: int) -> Target:
-        """A frontend's view of this worker, before anything is known."""
-        return Target(self.id, slot=slot)
-
     @property
     def idle(self) -> bool:
         return self.current is None and not self.queue and not self.decoding
@@ -115,14 +110,12 @@ class Worker:
         hits = self.cache.hits(job.request.blocks)
         job.held = job.request.blocks[:hits]
         self.cache.hold(job.held)
-        job.uncached = max(1, job.request.tokens - hits * self.block)
+        job.uncached = max(1, job.request.tokens - hits * BLOCK)
         self.hit_blocks += hits
         self.begun = now
         took = job.uncached / self.tps
         self.busy_s += took
         return now + took
-
-    block = 512
 
     def computed(self) -> tuple[Job, list[int], list[int]]:
         """The current prompt is done and decodes: (job, stored, evicted)."""

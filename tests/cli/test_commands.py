@@ -33,7 +33,7 @@ def test_version_and_help() -> None:
     assert "p2pdyn quickstart" in done.stdout
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "bench membership"])
+@pytest.mark.parametrize("command", [*COMMANDS, "bench membership", "bench route"])
 def test_every_command_teaches_with_its_help(command: str) -> None:
     done = p2pdyn(*command.split(), "--help")
     assert done.returncode == 0, done.stderr
