@@ -12,8 +12,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import accumulate, repeat
-from operator import and_, neg, or_, xor
+from itertools import accumulate, groupby, repeat
+from operator import and_, invert, neg, or_, xor
 
 from p2pdyn.wire.kvpack import DEVICE, TIERS
 
@@ -210,13 +210,15 @@ class KvIndex:
     def _slower(self, hashes: list[int], course: list[int], found: Match) -> None:
         """Count the blocks that are in host or disk only. ``course`` says who still holds the prefix at each block."""
         device, host, _ = self._tiers
+        known = hashes[: len(course)]
+        slow = list(map(and_, course, map(invert, map(device.get, known, repeat(0)))))
+        if not any(slow):
+            return
+        in_host = list(map(and_, slow, map(host.get, known, repeat(0))))
         counts: tuple[list[int], list[int]] = [], []
-        for key, standing in zip(hashes, course, strict=False):
-            slow = standing & ~device.get(key, 0)
-            if slow:
-                in_host = slow & host.get(key, 0)
-                _count(counts[0], in_host)
-                _count(counts[1], slow ^ in_host)
+        for planes, masks in zip(counts, (in_host, map(xor, slow, in_host)), strict=True):
+            for mask, run in groupby(masks):
+                _count(planes, mask, len(list(run)))
         for slot in found.blocks:
             for planes, into in zip(counts, (found.host, found.disk), strict=True):
                 if many := sum((plane >> slot & 1) << power for power, plane in enumerate(planes)):
@@ -226,15 +228,18 @@ class KvIndex:
 Change = Callable[[dict[int, int], int, list[int]], tuple[int, int]]
 
 
-def _count(planes: list[int], mask: int) -> None:
-    """Add one to the counter of each slot in ``mask``: ``planes[i]`` holds bit i of every slot's counter."""
-    for power, plane in enumerate(planes):
-        if not mask:
-            return
-        planes[power] = plane ^ mask
-        mask &= plane
-    if mask:
-        planes.append(mask)
+def _count(planes: list[int], mask: int, times: int) -> None:
+    """Add ``times`` to the counter of each slot in ``mask``: ``planes[i]`` holds bit i of every slot's counter."""
+    first = 0
+    while times and mask:
+        carry, power = mask if times & 1 else 0, first
+        while carry:
+            if power >= len(planes):
+                planes += [0] * (power + 1 - len(planes))
+            planes[power], carry = planes[power] ^ carry, planes[power] & carry
+            power += 1
+        times >>= 1
+        first += 1
 
 
 def _slots_of(mask: int) -> list[int]:
