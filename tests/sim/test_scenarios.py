@@ -245,7 +245,9 @@ def test_a_hundred_nodes_at_ten_percent_loss(links: str) -> None:
     assert result["missed"] == 0
     assert result["detect_p99_s"] <= 10.0
     assert result["false_deaths"] == 0
-    assert result["bytes_per_s_mean"] <= 10_000
+    assert result["bytes_per_s_mean"] <= 4_000
+    assert result["bytes_per_s_max"] <= 10_000
+    assert sum(result["bytes_per_s_by_kind"].values()) == pytest.approx(result["bytes_per_s_mean"], abs=1)
     assert "false deaths 0" in render(result)
 
 
