@@ -168,6 +168,33 @@ def test_tokens_flow_and_are_the_same_from_every_worker(run: Run) -> None:
     run(scenario)
 
 
+def test_fast_steps_share_a_message_but_neither_the_first_token_nor_the_end_waits(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2pdyn.net.worker.STEPS_S", 60.0)
+
+    async def scenario(bench: Bench) -> None:
+        worker = await bench.worker("a")
+        worker.service._sent = float("-inf")  # the last message is long ago
+        bench.refresh()
+        arrived: list[int] = []
+        _, sink = bench.submit(max_tokens=64)
+        take = sink.on_tokens
+
+        def on_tokens(tokens: Sequence[int], logprobs: Logprobs, cached: int) -> None:
+            arrived.append(len(tokens))
+            take(tokens, logprobs, cached)
+
+        sink.on_tokens = on_tokens  # type: ignore[method-assign]
+        await asyncio.wait_for(sink.outcome, 5)
+        assert arrived[0] == 1
+        assert sum(arrived) == len(sink.tokens) == 64
+        assert len(arrived) < 8  # two, and one for each quarter of a second that it took
+        assert worker.runner.steps == 64
+
+    run(scenario)
+
+
 def test_a_cancel_reaches_the_engine_within_one_step(run: Run) -> None:
     async def scenario(bench: Bench) -> None:
         worker = await bench.worker("a", "--itl-ms", "20")
