@@ -112,6 +112,7 @@ class Run:
                 due += self.rng.expovariate(rate)
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 user = await asyncio.wait_for(idle.get(), REQUEST_S)
+                due = max(due, time.perf_counter() - 0.01)  # users that come late must not make a burst
                 tasks.append(asyncio.create_task(self._turn(user, words(self.rng, given.new), idle)))
             await asyncio.gather(*tasks)
 

@@ -121,6 +121,8 @@ class Node:
             raise StartError(error.strerror or str(error)) from None
         self.mesh.on_admin("peers", lambda args: self.report())
         self.mesh.on_admin("reach", reach)
+        self.mesh.on_admin("explain", self._explain)
+        self.mesh.on_admin("kv", self._kv)
         if config.http is not None:
             await self._start_http(sockets)
         if reload is not None:
@@ -338,6 +340,24 @@ class Node:
             self.ended.cancel()
 
     # What the parts tell each other.
+
+    async def _explain(self, args: dict[str, Any]) -> dict[str, Any]:
+        if self.http is None:
+            raise ValueError("this peer has no HTTP endpoint and routes nothing: ask one that has")
+        explained: dict[str, Any] = await self.http.explain(args)
+        return explained
+
+    def _kv(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The blocks of one rank of one worker, as that worker has them or as this frontend believes."""
+        worker, rank = args.get("worker"), args.get("rank", 0)
+        if not isinstance(worker, str) or not isinstance(rank, int):
+            raise ValueError("kv needs a worker's id, and takes a rank")
+        if self.worker is not None and self.worker.kv is not None and worker == self.data.node:
+            return self.worker.kv.dump(rank)
+        if self.dispatcher is None:
+            raise LookupError("this peer has no HTTP endpoint and follows nobody's KV cache")
+        held: dict[str, Any] = self.dispatcher.feed.dump(worker, rank)
+        return held
 
     def report(self) -> dict[str, Any]:
         """What `p2pdyn peers --json` prints."""

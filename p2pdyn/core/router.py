@@ -280,7 +280,9 @@ class Router:
             "model": model,
             "prompt_blocks": decision.view.blocks,
             "chosen": decision.target.worker,
+            "chosen_rank": decision.target.rank,
             "policy": self.policy,
+            "why": decision.why,
             "candidates": rows,
         }
 

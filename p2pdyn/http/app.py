@@ -10,11 +10,14 @@ import orjson
 from p2pdyn.http.backend import Backend, ModelStatus
 from p2pdyn.http.errors import HttpError, retry_after, unknown_path, wrong_method
 from p2pdyn.http.exchange import Exchange
-from p2pdyn.http.generate import Generations
+from p2pdyn.http.explain import Explanations
+from p2pdyn.http.generate import Generations, routing
 from p2pdyn.http.keys import ApiKeys
 from p2pdyn.http.metrics import HttpMetrics
+from p2pdyn.http.openai import parse_object
 
 GENERATIONS = ("/v1/chat/completions", "/v1/completions")
+EXPLAIN = "/p2p/explain"
 READS = ("/v1/models", "/health", "/live", "/ready", "/metrics", "/p2p/peers")
 MODEL = "/v1/models/"
 OPEN = ("/health", "/live", "/ready")
@@ -35,6 +38,8 @@ class Gate:
             return HttpError(401, message, "invalid_api_key", headers=b"www-authenticate: Bearer\r\n")
         if path in GENERATIONS:
             return None if method == "POST" else wrong_method(method, "POST")
+        if path == EXPLAIN:
+            return None if method == "POST" else wrong_method(method, "POST")
         if path in READS or path.startswith(MODEL):
             return None if method in ("GET", "HEAD") else wrong_method(method, "GET, HEAD")
         return unknown_path(path)
@@ -42,7 +47,7 @@ class Gate:
     def label(self, path: str) -> str:
         if path.startswith(MODEL):
             return MODEL + "{id}"
-        return path if path in GENERATIONS or path in READS else "other"
+        return path if path in GENERATIONS or path in READS or path == EXPLAIN else "other"
 
 
 class Endpoint:
@@ -50,6 +55,7 @@ class Endpoint:
 
     def __init__(self, backend: Backend, metrics: HttpMetrics, connections: Callable[[], int]) -> None:
         self.generations = Generations(backend, metrics)
+        self.explanations = Explanations(backend, self.generations.speeches)
         self._backend = backend
         self._metrics = metrics
         self._connections = connections
@@ -62,6 +68,7 @@ class Endpoint:
             "/ready": self._ready,
             "/metrics": self._metrics_text,
             "/p2p/peers": self._peers,
+            EXPLAIN: self._explain,
         }
 
     def serve(self, exchange: Exchange) -> None:
@@ -92,6 +99,16 @@ class Endpoint:
 
     def _peers(self, exchange: Exchange) -> None:
         _json(exchange, self._backend.peers())
+
+    def _explain(self, exchange: Exchange) -> None:
+        content = parse_object(exchange.body)
+        pin, session = routing(exchange.fields)
+        answer = self.explanations.request(content, pin=pin, session=session)
+
+        async def rest() -> None:
+            _json(exchange, await answer)
+
+        self.generations.later(exchange, rest())
 
     def _metrics_text(self, exchange: Exchange) -> None:
         text = self._metrics.exposition(self._connections(), self._backend.metrics())

@@ -39,7 +39,7 @@ class Generations:
     def __init__(self, backend: Backend, metrics: HttpMetrics) -> None:
         self._backend = backend
         self._metrics = metrics
-        self._speeches = Speeches(backend)
+        self.speeches = Speeches(backend)
         self._loop = asyncio.get_running_loop()
         self._pacer = Pacer(self._loop, backend.cancel, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -62,28 +62,28 @@ class Generations:
         began = self._loop.time()
         content = parse(exchange.body)
         exchange.body = b""
-        speech = self._speeches.ready(content["model"])
+        speech = self.speeches.ready(content["model"])
         if speech is None:
-            self._later(exchange, self._load(exchange, content, chat, began))
+            self.later(exchange, self._load(exchange, content, chat, began))
         else:
             self._read(exchange, content, speech, chat, began)
 
     async def _load(self, exchange: Exchange, content: dict[str, Any], chat: bool, began: float) -> None:
-        speech = await self._speeches.of(content["model"])
+        speech = await self.speeches.of(content["model"])
         self._read(exchange, content, speech, chat, began)
 
     def _read(self, exchange: Exchange, content: dict[str, Any], speech: Speech, chat: bool, began: float) -> None:
         ask = chat_ask(content, speech.card) if chat else completion_ask(content, speech.card)
-        texts: list[str | array[int]] = [_chat_text(ask, speech)] if chat else ask.prompts
+        texts = prompt_texts(ask, speech)
         if any(type(text) is str and len(text) > LONG_TEXT for text in texts):
-            self._later(exchange, self._encode(exchange, ask, texts, speech, began))
+            self.later(exchange, self._encode(exchange, ask, texts, speech, began))
         else:
-            self._submit(exchange, ask, _prompts(ask, texts, speech.tokenizer), speech, began)
+            self._submit(exchange, ask, encode_prompts(ask, texts, speech.tokenizer), speech, began)
 
     async def _encode(
         self, exchange: Exchange, ask: Ask, texts: list[str | array[int]], speech: Speech, began: float
     ) -> None:
-        prompts = await asyncio.to_thread(_prompts, ask, texts, speech.tokenizer)
+        prompts = await asyncio.to_thread(encode_prompts, ask, texts, speech.tokenizer)
         self._submit(exchange, ask, prompts, speech, began)
 
     def _submit(self, exchange: Exchange, ask: Ask, prompts: list[Prompt], speech: Speech, began: float) -> None:
@@ -92,7 +92,7 @@ class Generations:
             jobs = _jobs(exchange, ask, prompts, room)
             self._reply(exchange, ask, prompts, speech, began).start(jobs)
 
-    def _later(self, exchange: Exchange, rest: Coroutine[Any, Any, None]) -> None:
+    def later(self, exchange: Exchange, rest: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(_answered(exchange, rest))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -128,7 +128,7 @@ async def _answered(exchange: Exchange, rest: Coroutine[Any, Any, None]) -> None
 def _jobs(exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int]) -> list[tuple[Job, int, str]]:
     """(job, number of its prompt, text to echo) of every choice, ``n`` of each prompt in a row."""
     fields = exchange.fields
-    pin, session = _routing(fields, b"x-p2pdyn-pin"), _routing(fields, b"x-p2pdyn-session")
+    pin, session = routing(fields)
     name, trace = exchange.request_id.decode(), fields.get(b"traceparent", b"")
     trace = trace if trace and TRACEPARENT.fullmatch(trace) else b""
     whole = not (ask.stream or ask.stops or ask.params.logprobs is not None)
@@ -144,6 +144,11 @@ def _jobs(exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int]) 
             job = Job(ask.model, tokens, params, ask.resumable, pin, session, name, trace.decode(), whole)
             jobs.append((job, number, echo))
     return jobs
+
+
+def routing(fields: dict[bytes, bytes]) -> tuple[str, str]:
+    """The request's pin and session; HttpError 400 for what cannot be one."""
+    return _routing(fields, b"x-p2pdyn-pin"), _routing(fields, b"x-p2pdyn-session")
 
 
 def _routing(fields: dict[bytes, bytes], name: bytes) -> str:
@@ -172,7 +177,12 @@ def _chat_text(ask: Ask, speech: Speech) -> str:
         raise bad(f"{str(error)[:1].upper()}{str(error)[1:]}.", "messages", "chat_template_error") from None
 
 
-def _prompts(ask: Ask, texts: list[str | array[int]], tokenizer: Tokenizer) -> list[Prompt]:
+def prompt_texts(ask: Ask, speech: Speech) -> list[str | array[int]]:
+    """What the prompts are before they are tokens: a chat's is rendered."""
+    return [_chat_text(ask, speech)] if ask.messages else ask.prompts
+
+
+def encode_prompts(ask: Ask, texts: list[str | array[int]], tokenizer: Tokenizer) -> list[Prompt]:
     """``texts`` as token ids. A chat's template has set all special tokens; a completion gets the model's own."""
     if ask.messages:
         return [(tokenizer.encode(text, special=False), "") for text in texts if isinstance(text, str)]

@@ -160,6 +160,15 @@ class Ask:
 
 
 def parse(body: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object of a generation's body, its model named."""
+    content = parse_object(body)
+    model = content.get("model")
+    if type(model) is not str:
+        raise bad("model must be given as a string.", "model", "missing_field" if model is None else "invalid_type")
+    return content
+
+
+def parse_object(body: bytes | bytearray) -> dict[str, Any]:
     """The JSON object of a request's body."""
     try:
         content = orjson.loads(body)
@@ -167,10 +176,8 @@ def parse(body: bytes | bytearray) -> dict[str, Any]:
         raise bad(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if type(content) is not dict:
         raise bad("The body must be a JSON object.", code="invalid_type")
-    model = content.get("model")
-    if type(model) is not str:
-        raise bad("model must be given as a string.", "model", "missing_field" if model is None else "invalid_type")
-    return content
+    found: dict[str, Any] = content
+    return found
 
 
 def chat_ask(content: dict[str, Any], card: ModelCard) -> Ask:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 
+from p2pdyn.core.request import Rejected
 from p2pdyn.core.types import Address
 from p2pdyn.http.app import Endpoint, Gate
 from p2pdyn.http.backend import Backend
+from p2pdyn.http.errors import HttpError
 from p2pdyn.http.keys import ApiKeys
 from p2pdyn.http.metrics import HttpMetrics
 from p2pdyn.http.protocol import Connection, Shared
@@ -23,6 +25,7 @@ __all__ = ["HttpServer", "HttpSettings", "Limits"]
 BACKLOG = 1024
 SWEEP_S = 0.5
 """Between two looks at all connections (4096 of them take 2 ms); shorter deadlines are swept for more often."""
+FORMS = ("auto", "chat", "completion")
 STOP_S = 1.0
 """For closed connections and cancelled tasks to be gone."""
 SPARE_DESCRIPTORS = 64
@@ -68,6 +71,19 @@ class HttpServer:
         if self._tls is not None:
             _tls_context(self._settings)  # a pair that does not fit must not replace the one in use
             self._tls.load_cert_chain(*_pair(self._settings))
+
+    async def explain(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The admin operation "explain": prompt, and perhaps model and form (auto, chat, completion). Raises ValueError
+        with a sentence."""
+        prompt, model, form = args.get("prompt"), args.get("model"), args.get("form") or "auto"
+        if not isinstance(prompt, str) or not isinstance(model, str | None) or form not in FORMS:
+            raise ValueError("explain needs a prompt, and takes a model and a form: auto, chat or completion")
+        try:
+            return await self._endpoint.explanations.prompt(prompt, model, form)
+        except HttpError as error:
+            raise ValueError(error.message) from error
+        except Rejected as error:
+            raise ValueError(error.failure.message) from error
 
     async def stop(self, grace_s: float) -> None:
         """Accept nothing more, let open answers end for ``grace_s``, then close all. Idempotent."""

@@ -10,11 +10,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Protocol
+from typing import Any, Protocol
 
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.kvstream import EXACT, Event, Fetch, Fetched, FetchFailed, KvStream, Lost, Tick, Up
 from p2pdyn.core.types import NodeId
+from p2pdyn.net.kv_source import hex_blocks
 from p2pdyn.wire.events import KvBatch, KvDigest
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,14 @@ class KvFeed:
     def of(self, worker: NodeId) -> Iterator[KvStream]:
         """The streams of a worker, by rank."""
         return (stream for (node, _), stream in sorted(self.streams.items()) if node == worker)
+
+    def dump(self, worker: NodeId, rank: int) -> dict[str, Any]:
+        """All that is believed of a target; LookupError if it is not followed. It walks the whole index."""
+        stream = self.streams.get((worker, rank))
+        if stream is None:
+            raise LookupError(f"rank {rank} of worker {worker!r} is not followed here")
+        held = self.index.held(stream.slot) if stream.slot is not None else set()
+        return {"stream": stream.state, "epoch": stream.epoch, "seq": stream.seq, "blocks": hex_blocks(held)}
 
     def _handle(self, key: Key, event: Event) -> None:
         stream = self.streams[key]

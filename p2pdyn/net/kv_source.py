@@ -64,6 +64,13 @@ class KvSource:
         blocks = sum(journal.blocks for journal in self.journals)
         return {"stream": EXACT, "seq": max(j.seq for j in self.journals), "blocks": blocks, "why": ""}
 
+    def dump(self, rank: int) -> dict[str, Any]:
+        """All that a rank's cache holds; LookupError for a rank that there is not."""
+        if not 0 <= rank < len(self.journals):
+            raise LookupError(f"this worker has no rank {rank}")
+        journal = self.journals[rank]
+        return {"stream": EXACT, "epoch": journal.epoch, "seq": journal.seq, "blocks": hex_blocks(journal.held())}
+
     def raise_epoch(self, epoch: int) -> None:
         """Membership gave this node a higher epoch: every stream begins anew."""
         for journal in self.journals:
@@ -99,3 +106,11 @@ class KvSource:
         data = encode(journal.digest())
         self.bytes += len(data)
         self._publish(TOPIC_DIGEST, data)
+
+
+def hex_blocks(held: Iterable[tuple[int, int]]) -> dict[str, str]:
+    """By tier, the sequence hashes in ascending order, 16 hex digits each, in one string."""
+    tiers: dict[str, list[int]] = {}
+    for one, tier in held:
+        tiers.setdefault(str(tier), []).append(one)
+    return {tier: "".join(f"{one:016x}" for one in sorted(hashes)) for tier, hashes in tiers.items()}

@@ -30,16 +30,24 @@ def wait_for(condition: Callable[[], Any], timeout: float, what: str | Callable[
 
 
 class NodeProcess:
-    """One `p2pdyn` process. ``prefix`` runs it elsewhere (``ip netns exec NAME``)."""
+    """One `p2pdyn` process. ``prefix`` runs it elsewhere (``ip netns exec NAME``); ``program`` is another way to start
+    it."""
 
-    def __init__(self, args: Sequence[str], *, prefix: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        args: Sequence[str],
+        *,
+        prefix: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "p2pdyn"),
+    ) -> None:
         self.prefix = tuple(prefix)
         self.lines: list[str] = []
         self.errors: list[str] = []
         self.ready: dict[str, str] | None = None
         self.ready_at = 0.0
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "p2pdyn", *args],
+            [*prefix, *program, *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -148,14 +156,21 @@ class Cluster:
         self.key = key
         self.nodes: list[NodeProcess] = []
 
-    def start(self, name: str, *args: str, engine: str = "sim", seeds: Sequence[NodeProcess] = ()) -> NodeProcess:
+    def start(
+        self,
+        name: str,
+        *args: str,
+        engine: str = "sim",
+        seeds: Sequence[NodeProcess] = (),
+        program: Sequence[str] = (sys.executable, "-m", "p2pdyn"),
+    ) -> NodeProcess:
         """Start a node without waiting for it. ``args`` may end with ``--`` and engine arguments."""
         split = list(args).index("--") if "--" in args else len(args)
         command = ["node", "--name", name, "--engine", engine, "--port", "0", "--data-dir", str(self.folder / name)]
         command += ["--cluster-key", str(self.key), "--listen", "127.0.0.1"] if self.key else []
         for seed in seeds:
             command += ["--seed", seed.mesh]
-        node = NodeProcess([*command, *args[:split], *args[split:]])
+        node = NodeProcess([*command, *args[:split], *args[split:]], program=program)
         self.nodes.append(node)
         return node
 
