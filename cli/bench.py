@@ -33,19 +33,13 @@ def membership(nodes: int, loss: float, links: str, seed: int, as_json: bool) ->
     click.echo(json.dumps(report) if as_json else bench_membership.render(report))
 
 
-class _Blocks(click.ParamType):
-    name = "N|inf"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        if value in ("inf", inf):
-            return inf
-        try:
-            blocks = int(str(value))
-        except ValueError:
-            blocks = 0
-        if blocks < 1:
-            self.fail(f"{value!r} is neither a number of blocks from 1 on nor 'inf'", param, ctx)
-        return float(blocks)
+def _blocks(ctx: click.Context, param: click.Parameter, value: str) -> float:
+    if value == "inf":
+        return inf
+    blocks = int(value) if value.isdecimal() else 0
+    if blocks < 1:
+        raise click.BadParameter(f"{value!r} is neither a number of blocks from 1 on nor 'inf'", ctx, param)
+    return float(blocks)
 
 
 @command.command(
@@ -59,7 +53,14 @@ class _Blocks(click.ParamType):
     help="Requests in Mooncake's format, one JSON object a line.",
 )
 @click.option("--workers", type=click.IntRange(1, 1024), default=8, show_default=True, help="Simulated workers.")
-@click.option("--cache-blocks", type=_Blocks(), default="inf", show_default=True, help="512-token blocks a worker.")
+@click.option(
+    "--cache-blocks",
+    metavar="N|inf",
+    callback=_blocks,
+    default="inf",
+    show_default=True,
+    help="Blocks of 512 tokens that a worker's cache holds.",
+)
 @click.option(
     "--prefill-tps",
     type=click.FloatRange(1, 1e9),
