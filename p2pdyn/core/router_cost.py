@@ -22,7 +22,7 @@ from math import inf
 
 from p2pdyn.core.router_target import Target
 
-MISS_WEIGHT = 5.0
+MISS_WEIGHT = 6.0
 """Of a block that one other target holds for one conversation."""
 DECODE_WEIGHT = 1.0
 """A second of decode is a second of waiting; small by itself where prefill is the bottleneck."""
