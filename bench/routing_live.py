@@ -5,8 +5,8 @@
 `sim` workers that take the time of their timing model (`--prefill-tps 5000`). Every user holds a conversation: a system
 prompt that all share, then in each turn `--new` new tokens and an answer of `--answer` tokens. Turns start as a Poisson
 process at `--load` of capacity; a user's next turn waits for the answer before it. Capacity is what the workers could
-compute if every prefix were found (`--capacity best`), or if prefixes were found as often as a worker chosen at random
-has them (`--capacity random`).
+compute if no prefix were ever found (`--capacity none`), if they were found as often as a worker chosen at random has them
+(`random`), or if every one were found (`best`: more than other policies can carry, so that they fall behind).
 
 `hit_of_best`: cached tokens that the answers' usage reports, over those that one cache of all workers would have had.
 `burst_workers`: how many workers computed the prefix that 20 requests shared within 50 ms.
@@ -154,7 +154,7 @@ def capacity(arguments: argparse.Namespace) -> float:
         for turn in range(given.turns):
             prompt = given.system + FRAME + (turn + 1) * (given.new + FRAME) + turn * given.answer
             worker = rng.randrange(given.workers) if given.capacity == "random" else 0
-            computed += prompt - held[worker] // BLOCK * BLOCK
+            computed += prompt - (held[worker] // BLOCK * BLOCK if given.capacity != "none" else 0)
             held[worker] = prompt + given.answer
             turns += 1
     return given.workers * float(given.prefill_tps) / (computed / turns)
@@ -219,7 +219,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill-tps", type=float, default=5000.0)
     parser.add_argument("--kv-blocks", type=int, default=8192)
     parser.add_argument("--load", type=float, default=0.6, help="of capacity")
-    parser.add_argument("--capacity", choices=["best", "random"], default="best")
+    parser.add_argument("--capacity", choices=["none", "random", "best"], default="random")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args(argv)
     arguments.policy = arguments.policy or ["kv", "round-robin"]
