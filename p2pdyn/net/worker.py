@@ -79,6 +79,8 @@ class WorkerService:
         self._served = Served(self._epoch, models, info.context, max_open)
         self._runner = runner
         self._card = (card_digest, info.card)
+        if self.kv is not None:
+            self.kv.flush()
         if info.kv_events:
             self.kv = KvSource(self._node, self._epoch, info.block_size, info.ranks, self._publish)
 
@@ -123,6 +125,8 @@ class WorkerService:
         for timer in (self._timer, self._load_timer, self._send_timer):
             if timer is not None:
                 timer.cancel()
+        if self.kv is not None:
+            self.kv.flush()
         self._router.close()
         self._events.close()
 

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from p2pdyn.core.kvindex import KvIndex
-from p2pdyn.core.kvstream import DIGEST_S, EXACT, STALE_S
+from p2pdyn.core.kvstream import DIGEST_S, EXACT, REPLAY, SNAPSHOT, STALE_S
 from p2pdyn.core.types import Address, NodeId, SamplingParams
-from p2pdyn.engines.base import BlocksStored, Sequence, Step
+from p2pdyn.engines.base import BlocksRemoved, BlocksStored, Sequence, Step
 from p2pdyn.engines.runner import Runner, make_runner
 from p2pdyn.net.curve import Security, write_key_file
 from p2pdyn.net.kv_feed import KvFeed
+from p2pdyn.net.kv_source import BATCH_S
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker import WorkerService
 from p2pdyn.net.worker_link import WorkerLink
 from p2pdyn.wire.events import TOPIC_DIGEST, TOPIC_KV
-from p2pdyn.wire.requests import CHUNK, Hello
+from p2pdyn.wire.requests import CHUNK, Fetch, Hello
 
 LOCAL = Address("127.0.0.1", 0)
 WORKER, FRONTEND = NodeId("a" * 16), NodeId("f" * 16)
@@ -53,7 +54,7 @@ class Bench:
         link = WorkerLink(
             self.sockets, Hello(FRONTEND, 1), WORKER, EPOCH, requests, events,
             on_up=lambda link: feed.up(link, 1), on_down=lambda link, reason: feed.lost(WORKER),
-            on_message=lambda link, message: None, on_load=lambda worker, load: None, batch_done=lambda: None,
+            on_message=lambda link, message: None, on_load=lambda worker, rank, load: None, batch_done=lambda: None,
             on_kv=feed.received,
         )  # fmt: skip
         self.links.append(link)
@@ -135,6 +136,57 @@ def test_a_frontend_knows_the_cache_block_for_block(tmp_path: Path) -> None:
             assert 0 < len(made.truth) <= 256
             (stream,) = early.of(WORKER)
             assert stream.blocks == len(made.truth)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_fast_steps_share_a_batch_and_the_first_after_a_pause_does_not_wait(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path) as made:
+            feed = made.follow()
+            await until(lambda: made.exact(feed), "exact")
+            sent: list[float] = []
+
+            def note(topic: bytes) -> bool:
+                if topic == TOPIC_KV:
+                    sent.append(asyncio.get_running_loop().time())
+                return False
+
+            made.drop = note
+            for block in range(1, 101):
+                made.service.on_step(Step(kv=[BlocksStored((block,), None, (block,) * 16)]))
+                if block == 1:
+                    assert len(sent) == 1
+                if block % 10 == 0:
+                    await asyncio.sleep(0.001)
+            await until(lambda: len(made.believed(feed)) == 100, "all told")
+            assert all(later - earlier >= 0.9 * BATCH_S for earlier, later in itertools.pairwise(sent))
+            await asyncio.sleep(BATCH_S)
+            before = len(sent)
+            made.service.on_step(Step(kv=[BlocksRemoved((1,))]))
+            assert len(sent) == before + 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_whoever_asks_or_is_told_of_the_whole_hears_of_what_waited(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path) as made:
+            source = made.service.kv
+            assert source is not None
+            ways: list[Callable[[], object]] = [
+                lambda: source.answer(b"c", Fetch(1, SNAPSHOT, "0", 0), 0.0),
+                lambda: source.answer(b"c", Fetch(1, REPLAY, f"0:{EPOCH}:1", 0), 0.0),
+                source.idle,
+                source.report,
+                lambda: source.dump(0),
+            ]
+            for count, way in enumerate(ways):
+                for block in (2 * count + 1, 2 * count + 2):  # the second waits, whether the first does or not
+                    source.take(0, [BlocksStored((block,), None, (block,) * 16)])
+                assert source.journals[0].blocks < 2 * count + 2
+                way()
+                assert source.journals[0].blocks == 2 * count + 2
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
