@@ -5,8 +5,8 @@
 `sim` workers that take the time of their timing model (`--prefill-tps 5000`). Every user holds a conversation: a system
 prompt that all share, then in each turn `--new` new tokens and an answer of `--answer` tokens. Turns start as a Poisson
 process at `--load` of capacity; a user's next turn waits for the answer before it. Capacity is what the workers could
-compute if no prefix were ever found (`--capacity none`), if they were found as often as a worker chosen at random has them
-(`random`), or if every one were found (`best`: more than other policies can carry, so that they fall behind).
+compute if no prefix were ever found (`--capacity none`), if they were found as often as a worker chosen at random has
+them (`random`), or if every one were found (`best`: more than other policies can carry, so that they fall behind).
 
 `hit_of_best`: cached tokens that the answers' usage reports, over those that one cache of all workers would have had.
 `burst_workers`: how many workers computed the prefix that 20 requests shared within 50 ms.
@@ -111,10 +111,20 @@ class Run:
             for _ in range(given.users * given.turns):
                 due += self.rng.expovariate(rate)
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                user = await asyncio.wait_for(idle.get(), REQUEST_S)
+                user = await asyncio.wait_for(self._any(idle), REQUEST_S)
                 due = max(due, time.perf_counter() - 0.01)  # users that come late must not make a burst
                 tasks.append(asyncio.create_task(self._turn(user, words(self.rng, given.new), idle)))
             await asyncio.gather(*tasks)
+
+    async def _any(self, idle: asyncio.Queue[User]) -> User:
+        """One at random: in order of arrival, users would come round to the same worker of a round-robin."""
+        users = [await idle.get()]
+        while not idle.empty():
+            users.append(idle.get_nowait())
+        chosen = users.pop(self.rng.randrange(len(users)))
+        for user in users:
+            idle.put_nowait(user)
+        return chosen
 
     async def _turn(self, user: User, text: str, idle: asyncio.Queue[User]) -> None:
         given = self.arguments
