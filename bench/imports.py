@@ -14,13 +14,14 @@ import sys
 
 ALONE = [
     *("asyncio", "zmq", "msgpack", "uvloop", "xxhash", "orjson", "httptools", "click", "jinja2.sandbox", "tokenizers"),
-    *("zeroconf.asyncio", "numpy", "gguf"),
+    *("zeroconf.asyncio", "numpy", "gguf", "starlette.applications", "uvicorn.protocols.http.httptools_impl"),
     *("ssl", "dataclasses", "importlib.metadata"),
 ]
 WORKER = ["dataclasses", "asyncio", "zmq", "msgpack", "uvloop", "xxhash", "click", "p2pdyn.cli.main"]
 FRONTEND = [
     *WORKER,
     *("orjson", "httptools", "jinja2.sandbox", "tokenizers", "zeroconf.asyncio"),
+    *("starlette.applications", "uvicorn.protocols.http.httptools_impl"),
 ]
 
 PROBE = r"""

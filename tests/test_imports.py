@@ -65,3 +65,4 @@ def test_a_frontend_loads_no_numpy() -> None:
     added = loaded("import p2pdyn.node, p2pdyn.http.server, p2pdyn.net.dispatch, p2pdyn.text.tokenizer")
 
     assert added & {"numpy", "gguf", "torch"} == set()
+    assert added & {"starlette", "uvicorn", "anyio"} == set(), "they come with the first request that needs them"

@@ -1,4 +1,4 @@
-"""The endpoint's routes, and what may be asked of them."""
+"""The routes that generate nothing, as a starlette application. The gate has seen path, method and key before."""
 
 from __future__ import annotations
 
@@ -6,117 +6,114 @@ from collections.abc import Callable
 from typing import Any
 
 import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from p2pdyn.core.request import Rejected
 from p2pdyn.http.backend import Backend, ModelStatus
-from p2pdyn.http.errors import HttpError, retry_after, unknown_path, wrong_method
-from p2pdyn.http.exchange import Exchange
+from p2pdyn.http.errors import HttpError, internal, retry_after, unknown_path
 from p2pdyn.http.explain import Explanations
-from p2pdyn.http.generate import Generations, routing
-from p2pdyn.http.keys import ApiKeys
+from p2pdyn.http.generate import routing
 from p2pdyn.http.metrics import HttpMetrics
 from p2pdyn.http.openai import parse_object
 
-GENERATIONS = ("/v1/chat/completions", "/v1/completions")
-EXPLAIN = "/p2p/explain"
-READS = ("/v1/models", "/health", "/live", "/ready", "/metrics", "/p2p/peers")
-MODEL = "/v1/models/"
-OPEN = ("/health", "/live", "/ready")
-"""Need no API key."""
-
-PROMETHEUS = b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n"
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Gate:
-    """What a connection asks before it reads a body: is there such a path and method, and may this client use it."""
-
-    def __init__(self, keys: ApiKeys) -> None:
-        self._keys = keys
-
-    def refuse(self, method: str, path: str, fields: dict[bytes, bytes]) -> HttpError | None:
-        if self._keys.required and path not in OPEN and not self._keys.accept(fields.get(b"authorization")):
-            message = "The API key is missing or wrong: send it as 'Authorization: Bearer KEY'."
-            return HttpError(401, message, "invalid_api_key", headers=b"www-authenticate: Bearer\r\n")
-        if path in GENERATIONS:
-            return None if method == "POST" else wrong_method(method, "POST")
-        if path == EXPLAIN:
-            return None if method == "POST" else wrong_method(method, "POST")
-        if path in READS or path.startswith(MODEL):
-            return None if method in ("GET", "HEAD") else wrong_method(method, "GET, HEAD")
-        return unknown_path(path)
-
-    def label(self, path: str) -> str:
-        if path.startswith(MODEL):
-            return MODEL + "{id}"
-        return path if path in GENERATIONS or path in READS or path == EXPLAIN else "other"
+def application(
+    backend: Backend, metrics: HttpMetrics, explanations: Explanations, connections: Callable[[], int]
+) -> Starlette:
+    """``connections`` says how many are open, for /metrics."""
+    routes = _Routes(backend, metrics, explanations, connections)
+    app = Starlette(
+        routes=[
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{id:path}", routes.model),
+            Route("/health", routes.ready),
+            Route("/live", routes.live),
+            Route("/ready", routes.ready),
+            Route("/metrics", routes.metrics),
+            Route("/p2p/peers", routes.peers),
+            Route("/p2p/explain", routes.explain, methods=["POST"]),
+        ],
+        exception_handlers={HttpError: _refused, Rejected: _refused, HTTPException: _unknown, Exception: _broken},
+    )
+    app.router.redirect_slashes = False
+    return app
 
 
-class Endpoint:
-    """Answers requests that the gate let through. ``connections`` says how many are open, for /metrics."""
-
-    def __init__(self, backend: Backend, metrics: HttpMetrics, connections: Callable[[], int]) -> None:
-        self.generations = Generations(backend, metrics)
-        self.explanations = Explanations(backend, self.generations.speeches)
+class _Routes:
+    def __init__(
+        self, backend: Backend, metrics: HttpMetrics, explanations: Explanations, connections: Callable[[], int]
+    ) -> None:
         self._backend = backend
         self._metrics = metrics
+        self._explanations = explanations
         self._connections = connections
-        self._routes: dict[str, Callable[[Exchange], None]] = {
-            "/v1/chat/completions": self.generations.chat,
-            "/v1/completions": self.generations.completions,
-            "/v1/models": self._models,
-            "/health": self._ready,
-            "/live": self._live,
-            "/ready": self._ready,
-            "/metrics": self._metrics_text,
-            "/p2p/peers": self._peers,
-            EXPLAIN: self._explain,
-        }
 
-    def serve(self, exchange: Exchange) -> None:
-        """Answer, at once or later; what goes wrong is an answer too."""
-        try:
-            self._routes.get(exchange.path, self._model)(exchange)
-        except Exception as error:
-            exchange.broke(error)
+    async def models(self, request: Request) -> Response:
+        return _json({"object": "list", "data": [_describe(model) for model in self._backend.models()]})
 
-    def _models(self, exchange: Exchange) -> None:
-        _json(exchange, {"object": "list", "data": [_describe(model) for model in self._backend.models()]})
-
-    def _model(self, exchange: Exchange) -> None:
-        name = exchange.path.removeprefix(MODEL)
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["id"]
         for model in self._backend.models():
             if model.name == name:
-                return _json(exchange, _describe(model))
+                return _json(_describe(model))
         raise HttpError(
             404, f"The model {name[:128]!r} does not exist here; see /v1/models.", "model_not_found", "model"
         )
 
-    def _live(self, exchange: Exchange) -> None:
-        _json(exchange, {"status": "live"})
+    async def live(self, request: Request) -> Response:
+        return _json({"status": "live"})
 
-    def _ready(self, exchange: Exchange) -> None:
+    async def ready(self, request: Request) -> Response:
         ready, why = self._backend.readiness()
-        _json(exchange, {"status": "ready" if ready else "not ready", "detail": why}, 200 if ready else 503)
+        content = {"status": "ready" if ready else "not ready", "detail": why}
+        return _json(content) if ready else _json(content, 503, retry_after(1))
 
-    def _peers(self, exchange: Exchange) -> None:
-        _json(exchange, self._backend.peers())
+    async def peers(self, request: Request) -> Response:
+        return _json(self._backend.peers())
 
-    def _explain(self, exchange: Exchange) -> None:
-        content = parse_object(exchange.body)
-        pin, session = routing(exchange.fields)
-        answer = self.explanations.request(content, pin=pin, session=session)
+    async def explain(self, request: Request) -> Response:
+        content = parse_object(await request.body())
+        pin, session = routing(dict(request.headers.raw))
+        return _json(await self._explanations.request(content, pin=pin, session=session))
 
-        async def rest() -> None:
-            _json(exchange, await answer)
-
-        self.generations.later(exchange, rest())
-
-    def _metrics_text(self, exchange: Exchange) -> None:
+    async def metrics(self, request: Request) -> Response:
         text = self._metrics.exposition(self._connections(), self._backend.metrics())
-        exchange.respond(200, text, kind=PROMETHEUS)
+        return Response(text, media_type=PROMETHEUS)
 
 
-def _json(exchange: Exchange, content: Any, status: int = 200) -> None:
-    exchange.respond(status, orjson.dumps(content), retry_after(1) if status == 503 else b"")
+def _json(content: Any, status: int = 200, headers: bytes = b"") -> Response:
+    return _answer(status, orjson.dumps(content), headers)
+
+
+def _answer(status: int, body: bytes, headers: bytes) -> Response:
+    """``headers`` are lines, each with its CRLF."""
+    response = Response(body, status, media_type="application/json")
+    for line in headers.splitlines():
+        name, _, value = line.partition(b": ")
+        response.raw_headers.append((name, value))
+    return response
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    refusal = HttpError.of(error.failure) if isinstance(error, Rejected) else error
+    assert isinstance(refusal, HttpError)
+    return _answer(refusal.status, refusal.body(), refusal.headers)
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+    """Starlette knows no route for what the gate let through: a model's name with a line break in it."""
+    return await _refused(request, unknown_path(request.url.path))
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """Starlette raises ``error`` again behind this answer; then uvicorn logs it and closes the connection."""
+    return _answer(500, internal().body(), b"connection: close\r\n")
 
 
 def _describe(model: ModelStatus) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """One request and its answer on a connection.
 
-The body is complete before a handler sees the request.  :meth:`Exchange.respond`, :meth:`Exchange.stream` and
-:meth:`Exchange.write` put ready-made bytes on the transport, with no await.  A handler may return before the answer is
-complete; then :attr:`Exchange.on_disconnect` tells it that the client has left.
+The body is complete before a handler sees the request.  An ASGI application sees it through
+:class:`p2pdyn.http.cycle.Cycle`.  The generation routes take the short way: :meth:`Exchange.respond`,
+:meth:`Exchange.stream` and :meth:`Exchange.write` put ready-made bytes on the transport, with no await.  A handler may
+return before the answer is complete; then :attr:`Exchange.on_disconnect` tells it that the client has left.
 """
 
 from __future__ import annotations
@@ -29,21 +30,27 @@ STATUS_LINE = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.enco
 
 
 class Exchange:
-    """``fields`` are the request's headers by lower-case name (the last of several); ``body`` is its whole body."""
+    """``fields`` are the request's headers by lower-case name (the last of several); ``body`` is its whole body;
+    ``target`` is what was asked for as it came, ``path`` the unescaped path of it."""
 
     __slots__ = (
-        "_head", "body", "connection", "disconnected", "fields", "framed", "keep_alive", "method", "on_disconnect",
-        "path", "request_id", "started", "status",
+        "_head", "body", "connection", "disconnected", "fields", "keep_alive", "method", "on_disconnect", "path",
+        "request_id", "started", "status", "target", "version",
     )  # fmt: skip
 
     def __init__(
-        self, connection: Connection, method: str, path: str, fields: dict[bytes, bytes], version: str, keep_alive: bool
+        self,
+        connection: Connection,
+        method: str,
+        target: bytes,
+        path: str,
+        fields: dict[bytes, bytes],
+        version: str,
+        keep_alive: bool,
     ) -> None:
         self.connection = connection
-        self.method, self.path, self.fields = method, path, fields
-        self.keep_alive = keep_alive
-        self.framed = version != "1.0"
-        """Streams are sent in chunks."""
+        self.method, self.target, self.path, self.fields = method, target, path, fields
+        self.version, self.keep_alive = version, keep_alive
         self.body: bytes | bytearray = b""
         self.request_id = _request_id(fields.get(b"x-request-id"))
         self.started = self.disconnected = False
@@ -51,11 +58,11 @@ class Exchange:
         self.on_disconnect: Callable[[], None] | None = None
         self._head = b""
 
-    def respond(self, status: int, body: bytes, headers: bytes = b"", kind: bytes = JSON) -> None:
-        """The whole answer at once. ``kind`` is its Content-Type line."""
+    def respond(self, status: int, body: bytes, headers: bytes = b"") -> None:
+        """The whole answer at once, as JSON."""
         if self.disconnected or self.started:
             return
-        head = self._start(status, b"%bcontent-length: %d\r\n%b" % (kind, len(body), headers))
+        head = self._start(status, b"%bcontent-length: %d\r\n%b" % (JSON, len(body), headers))
         self.connection.send_bytes(head if self.method == "HEAD" else head + body)
         self.connection.answered(self)
 
@@ -77,7 +84,7 @@ class Exchange:
 
     def stream(self, headers: bytes) -> None:
         """Begin a 200 event stream; its head leaves with the first :meth:`write`."""
-        framing = b"transfer-encoding: chunked\r\n" if self.framed else b""
+        framing = b"transfer-encoding: chunked\r\n" if self.version != "1.0" else b""
         self._head = self._start(200, b"%b%b%b" % (EVENT_STREAM, framing, headers))
 
     def write(self, data: bytes, last: bool = False) -> None:
@@ -88,7 +95,7 @@ class Exchange:
         if connection.is_far_behind():
             connection.cut_slow_reader()
             return
-        if self.framed:
+        if self.version != "1.0":
             data = b"%b%x\r\n%b\r\n%b" % (self._head, len(data), data, b"0\r\n\r\n" if last else b"")
         elif self._head:
             data = self._head + data

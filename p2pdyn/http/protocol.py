@@ -16,7 +16,7 @@ import re
 import socket
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 from urllib.parse import unquote
 
 import httptools
@@ -25,6 +25,9 @@ from p2pdyn.http.errors import HttpError, bad, retry_after
 from p2pdyn.http.exchange import JSON, STATUS_LINE, Exchange
 from p2pdyn.http.metrics import HttpMetrics
 from p2pdyn.http.settings import Limits
+
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.flow_control import FlowControl
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +58,14 @@ class Shared:
         self.metrics = metrics
         self.serve = serve
         self.connections: set[Connection] = set()
-        self.date = b""
-        """The Date line of answers."""
+        self.set_date("")
         self.stopping = False
         self._quiet = asyncio.Event()
+
+    def set_date(self, date: str) -> None:
+        """The Date of the answers from now on, RFC 9110 5.6.7."""
+        self.date = b"date: %b\r\n" % date.encode()
+        self.default_headers = [(b"date", date.encode())]
 
     def left(self, connection: Connection) -> None:
         """A connection has gone."""
@@ -92,6 +99,8 @@ class Connection(asyncio.Protocol):
         self.limits = shared.limits
         self.active: Exchange | None = None
         """The request that is being answered."""
+        self.flow: FlowControl | None = None
+        """Holds the application back that answers it, if one does, while the client does not read."""
         self._loop = loop
         self._parser = httptools.HttpRequestParser(self)
         self._waiting: deque[Exchange] = deque()
@@ -142,9 +151,17 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._full = True
+        if self.flow is not None:
+            self.flow.pause_writing()
 
     def resume_writing(self) -> None:
         self._full = False
+        if self.flow is not None:
+            self.flow.resume_writing()
+
+    def is_full(self) -> bool:
+        """Whether the transport has asked for patience."""
+        return self._full
 
     def is_far_behind(self) -> bool:
         """Whether the client has left more for us to hold than it may."""
@@ -215,7 +232,7 @@ class Connection(asyncio.Protocol):
             raise Refused(bad("This endpoint speaks HTTP/1.1 only: leave out the Upgrade header.", code="bad_http"))
         version, method = parser.get_http_version(), parser.get_method().decode("ascii")
         keep_alive = version == "1.1" and parser.should_keep_alive() and not shared.stopping
-        self._incoming = Exchange(self, method, _path(self._url), self._fields, version, keep_alive)
+        self._incoming = Exchange(self, method, self._url, _path(self._url), self._fields, version, keep_alive)
         self.reading, self.since, self._received = BODY, self._loop.time(), 0
         error = self._error_before_body(self._incoming)
         if error is not None:

@@ -12,8 +12,8 @@ from typing import Any
 
 from p2pdyn.core.request import Rejected
 from p2pdyn.core.types import Address
-from p2pdyn.http.app import Endpoint, Gate
 from p2pdyn.http.backend import Backend
+from p2pdyn.http.endpoint import Endpoint, Gate
 from p2pdyn.http.errors import HttpError
 from p2pdyn.http.keys import ApiKeys
 from p2pdyn.http.metrics import HttpMetrics
@@ -111,7 +111,7 @@ class HttpServer:
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        self._shared.date = b"date: %b\r\n" % formatdate(usegmt=True).encode()
+        self._shared.set_date(formatdate(usegmt=True))
         for connection in list(self._shared.connections):
             connection.sweep(now)
         self._sweeper = loop.call_later(self._sweep_s, self._sweep)
