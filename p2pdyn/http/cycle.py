@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CLOSE = (b"connection", b"close")
+
 
 class Outlet:
     """What a cycle uses of its transport: bytes pass through the connection, which counts them."""
@@ -77,7 +79,10 @@ class Cycle(RequestResponseCycle):
             exchange = self._exchange
             exchange.started, exchange.status = True, message["status"]
             self.keep_alive = exchange.keep_alive  # the server may have begun to stop
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", exchange.request_id)]}
+            headers = [*message.get("headers", ()), (b"x-request-id", exchange.request_id)]
+            if not self.keep_alive and CLOSE not in headers:  # uvicorn says so by itself in new versions only
+                headers.append(CLOSE)
+            message = {**message, "headers": headers}
         await super().send(message)
 
 
