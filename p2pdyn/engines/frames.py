@@ -192,6 +192,7 @@ def unpack_info(content: list[Any]) -> EngineInfo:
     try:
         _, *plain = content
         info = EngineInfo(*plain)
-        return replace(info, features=tuple(info.features))
+        publishers = tuple((str(events), str(replay), str(topic)) for events, replay, topic in info.publishers)
+        return replace(info, features=tuple(info.features), publishers=publishers)
     except (TypeError, ValueError) as error:
         raise FrameError("the engine's description has a wrong shape") from error
