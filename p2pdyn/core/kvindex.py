@@ -12,10 +12,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import accumulate, groupby, repeat
+from itertools import accumulate, groupby, islice, repeat
 from operator import and_, invert, neg, or_, xor
 
-from p2pdyn.wire.kvpack import DEVICE, TIERS
+from p2pdyn.wire.kvpack import DEVICE, HOST, TIERS, xor_all
 
 MAX_BLOCKS = 2**24
 """(hash, tier) entries of an index; at about 110 bytes each this is 2 GB."""
@@ -40,6 +40,16 @@ class Match:
         return self.blocks.get(slot, 0) - self.host.get(slot, 0) - self.disk.get(slot, 0)
 
 
+class _Walk:
+    """A sweep's way through ``tier``, of whose entries ``left`` are still to be seen; ``gone`` are keys to delete."""
+
+    def __init__(self, tier: dict[int, int], gone: list[int]) -> None:
+        self.tier = tier
+        self.gone = gone
+        self.left = len(tier)
+        self.items = iter(tier.items())
+
+
 class KvIndex:
     def __init__(self, max_blocks: int = MAX_BLOCKS) -> None:
         self.live = 0
@@ -50,12 +60,18 @@ class KvIndex:
         self._free: list[int] = []
         self._dead = 0
         self._sweeping = 0
-        self._todo: list[tuple[dict[int, int], list[int]]] = []
+        # A walk over a map is over with the first key that enters or leaves it.  So while a sweep walks a tier, what is
+        # new enters another map, and what leaves is 0 and noted; after the walk both are made good.
+        self._walks: list[_Walk] = []
+        self._late: tuple[dict[int, int], ...] = tuple({} for _ in range(TIERS))
+        self._gone: tuple[list[int], ...] = tuple([] for _ in range(TIERS))
         self._shared: dict[int, int] = {}  # one object for equal sets: 28 bytes and more, for which 8 then serve
 
     def __len__(self) -> int:
         """(hash, tier) entries, those still to be swept among them."""
-        return sum(map(len, self._tiers))
+        device, host, disk = self._tiers
+        count = len(device) + len(host) + len(disk)
+        return count + sum(map(len, self._late)) if self._sweeping else count
 
     def room(self) -> int:
         """Entries that may still be added."""
@@ -91,16 +107,15 @@ class KvIndex:
             if not self._dead:
                 return True
             self._sweeping = self._dead
-            self._todo = [(tier, list(tier)) for tier in self._tiers if tier]
-        while self._todo and budget > 0:
-            tier, keys = self._todo[-1]
-            part = keys[-budget:]
-            del keys[-budget:]
-            budget -= len(part)
-            self._clean(tier, part)
-            if not keys:
-                self._todo.pop()
-        if self._todo:
+            self._walks = [_Walk(*maps) for maps in zip(self._tiers, self._gone, strict=True)]
+        while self._walks and budget > 0:
+            walk = self._walks[-1]
+            part = min(budget, walk.left)
+            budget -= part
+            self._clean(walk, part)
+            if not walk.left:
+                self._walks.pop()
+        if self._walks or not self._settle(budget):
             return False
         self._free += _slots_of(self._sweeping)
         self._dead &= ~self._sweeping
@@ -108,14 +123,29 @@ class KvIndex:
         self._shared.clear()
         return not self._dead
 
-    def _clean(self, tier: dict[int, int], keys: list[int]) -> None:
-        mask = self._sweeping
-        for key, held in zip(keys, map(tier.get, keys, repeat(0)), strict=True):
+    def _clean(self, walk: _Walk, count: int) -> None:
+        tier, mask = walk.tier, self._sweeping
+        walk.left -= count
+        for key, held in islice(walk.items, count):
             if held & mask:
-                if left := held & ~mask:
-                    tier[key] = self._shared.setdefault(left, left)
-                else:
+                left = held & ~mask
+                tier[key] = self._shared.setdefault(left, left)
+                if not left:
+                    walk.gone.append(key)
+
+    def _settle(self, budget: int) -> bool:
+        """The walks are over: make good what they put off. True when nothing is left to do."""
+        for tier, gone, late in zip(self._tiers, self._gone, self._late, strict=True):
+            while gone and budget > 0:
+                key = gone.pop()
+                budget -= 1
+                if tier.get(key) == 0:
                     del tier[key]
+            while late and budget > 0:
+                key, held = late.popitem()
+                budget -= 1
+                tier[key] = held
+        return not any(self._gone) and not any(self._late)
 
     # Blocks
 
@@ -130,7 +160,8 @@ class KvIndex:
     def held(self, slot: int) -> set[tuple[int, int]]:
         """Each (hash, tier) of a live target, by a walk over everything: for tests and reports."""
         bit = 1 << slot & self.live
-        return {(key, number) for number, tier in enumerate(self._tiers) for key, held in tier.items() if held & bit}
+        both = [(number, one) for tiers in (self._tiers, self._late) for number, one in enumerate(tiers)]
+        return {(key, number) for number, tier in both for key, held in tier.items() if held & bit}
 
     def _change(self, change: Change, slot: int, tier: int, hashes: array[int]) -> tuple[int, int]:
         bit = 1 << slot
@@ -139,30 +170,50 @@ class KvIndex:
         if len(self._shared) > _MAX_SHARED:
             self._shared.clear()
         bit = self._shared.setdefault(bit, bit)
-        count = total = 0
-        for at in range(0, len(hashes), _SLICE):
-            more, theirs = change(self._tiers[tier], bit, hashes[at : at + _SLICE].tolist())
-            count += more
-            total ^= theirs
-        return count, total
+        if self._sweeping:
+            return self._change_late(change, bit, tier, hashes)
+        same = change(self._tiers[tier], bit, hashes.tolist())
+        return len(hashes) - len(same), reduce(xor, same, xor_all(hashes))
 
-    def _store(self, tier: dict[int, int], bit: int, keys: list[int]) -> tuple[int, int]:
+    def _change_late(self, change: Change, bit: int, number: int, hashes: array[int]) -> tuple[int, int]:
+        """The same while a sweep walks ``tier``: no key enters it or leaves it."""
+        tier, late, gone = self._tiers[number], self._late[number], self._gone[number]
+        keys = hashes.tolist()
+        here = [key for key in keys if key in tier]
+        same = change(late, bit, [key for key in keys if key not in tier])
+        if change == self._store:
+            same += change(tier, bit, here)
+        else:
+            left = dict(zip(here, map(tier.__getitem__, here), strict=True))
+            known = set(left)
+            same += change(left, bit, here)
+            for key, held in left.items():
+                tier[key] = held
+            for key in known - left.keys():
+                tier[key] = 0
+                gone.append(key)
+        return len(keys) - len(same), reduce(xor, same, xor_all(hashes))
+
+    def _store(self, tier: dict[int, int], bit: int, keys: list[int]) -> list[int]:
+        """The keys that ``bit`` had before. Neighbours mostly have the same holders, whose union is then made once."""
         get, share = tier.get, self._shared.setdefault
-        known = []
+        same = []
+        before, after = 0, bit
         for key in keys:
-            held = get(key)
-            if held is None:
-                tier[key] = bit
-            elif held & bit:
-                known.append(key)
-            else:
-                held |= bit
-                tier[key] = share(held, held)
-        return len(keys) - len(known), reduce(xor, known, reduce(xor, keys, 0))
+            held = get(key, 0)
+            if held != before:
+                if held & bit:
+                    same.append(key)
+                    continue
+                before = held
+                after = share(held | bit, held | bit)
+            tier[key] = after
+        return same
 
-    def _remove(self, tier: dict[int, int], bit: int, keys: list[int]) -> tuple[int, int]:
+    def _remove(self, tier: dict[int, int], bit: int, keys: list[int]) -> list[int]:
+        """The keys that ``bit`` did not have."""
         get, share = tier.get, self._shared.setdefault
-        gone = []
+        same = []
         for key in keys:
             held = get(key, 0)
             if held == bit:
@@ -171,9 +222,8 @@ class KvIndex:
                 held ^= bit
                 tier[key] = share(held, held)
             else:
-                continue
-            gone.append(key)
-        return len(gone), reduce(xor, gone, 0)
+                same.append(key)
+        return same
 
     # Prompts
 
@@ -181,7 +231,7 @@ class KvIndex:
         """How many leading blocks of a prompt (its sequence hashes) each target in the bit set ``candidates`` holds."""
         found = Match()
         standing = candidates & self.live
-        tiers = [tier for tier in self._tiers if tier]
+        tiers = [tier for tier in (*self._tiers, *self._late) if tier]
         many = len(tiers) > 1 or not self._tiers[DEVICE]
         course: list[int] = []
         at, step = 0, _WALK
@@ -207,14 +257,18 @@ class KvIndex:
             self._slower(hashes, course, found)
         return found
 
+    def _holders(self, tier: int, keys: list[int]) -> Iterable[int]:
+        held = map(self._tiers[tier].get, keys, repeat(0))
+        late = self._late[tier]
+        return map(or_, held, map(late.get, keys, repeat(0))) if late else held
+
     def _slower(self, hashes: list[int], course: list[int], found: Match) -> None:
         """Count the blocks that are in host or disk only. ``course`` says who still holds the prefix at each block."""
-        device, host, _ = self._tiers
         known = hashes[: len(course)]
-        slow = list(map(and_, course, map(invert, map(device.get, known, repeat(0)))))
+        slow = list(map(and_, course, map(invert, self._holders(DEVICE, known))))
         if not any(slow):
             return
-        in_host = list(map(and_, slow, map(host.get, known, repeat(0))))
+        in_host = list(map(and_, slow, self._holders(HOST, known)))
         counts: tuple[list[int], list[int]] = [], []
         for planes, masks in zip(counts, (in_host, map(xor, slow, in_host)), strict=True):
             for mask, run in groupby(masks):
@@ -225,7 +279,7 @@ class KvIndex:
                     into[slot] = many
 
 
-Change = Callable[[dict[int, int], int, list[int]], tuple[int, int]]
+Change = Callable[[dict[int, int], int, list[int]], list[int]]
 
 
 def _count(planes: list[int], mask: int, times: int) -> None:

@@ -12,6 +12,7 @@ The rules:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -151,6 +152,7 @@ class KvStream:
                 self._index.drop(base.slot)
         self._base = self._filling = None
         self._rest: Iterator[Op] = iter(())  # of the snapshot that fills self._filling
+        self._part: deque[Op] = deque()  # of batch seq + 1, the first of which are applied
         self._top = 0  # the highest seq known to exist
         self._number = 0  # the last digest's
         self._buffer: dict[int, bytes] = {}
@@ -182,6 +184,8 @@ class KvStream:
 
     def handle(self, event: Event, now: float) -> list[Fetch]:
         """Take one event. Raises nothing, whatever a peer sent."""
+        if self.state == EXACT and type(event) is KvBatch and self._take_next(event, now):
+            return []
         match event:
             case KvBatch():
                 if self._up and self._is_current(event.epoch):
@@ -203,34 +207,40 @@ class KvStream:
                 self._reset()
             case Tick():
                 pass
-        if self._is_settled(now):
-            return []
         self._fill(now)
         self._drain(now)
         fetches = self._ask(now)
         self._judge(now)
         return fetches
 
-    def _is_settled(self, now: float) -> bool:
-        """Exact before and after the event, as after almost every batch: there is nothing to ask or to judge."""
+    def _take_next(self, batch: KvBatch, now: float) -> bool:
+        """What almost every message is: the next batch of an exact stream, exact behind it too.
+
+        Exact means that nothing is missing, buffered, open or being filled, so that there is nothing to ask or judge.
+        """
         base = self._base
-        return (
-            base is not None
-            and self.state == EXACT
-            and base.seq == self._top
-            and not self._wrong
-            and not self._full
-            and now < self._heard + STALE_S
-        )
+        assert base is not None
+        if (
+            batch.seq != base.seq + 1
+            or batch.epoch != self.epoch
+            or len(batch.ops) > SLICE * HASH_BYTES
+            or now >= self._heard + STALE_S
+        ):
+            return False
+        self._top = batch.seq
+        self._apply(base, batch.ops)
+        return not (self._wrong or self._full)
 
     def next_deadline(self) -> float | None:
-        """In the past while a snapshot or a replay is being applied."""
+        """In the past while a snapshot, a replay or a large batch is being applied."""
+        if self.state == EXACT:
+            return self._heard + STALE_S
         if self._filling or self._can_drain():
             return 0.0
         due = []
         if self._needed() and not self._open:
             due.append(self._earliest())
-        if self.state in (EXACT, REPLAYING):
+        if self.state == REPLAYING:
             due.append(self._heard + STALE_S)
         return min(due, default=None)
 
@@ -253,12 +263,11 @@ class KvStream:
             self.counters.ignored += 1
             return
         self._top = max(self._top, batch.seq)
-        if base and batch.seq == base.seq + 1 and not self._filling:
+        is_next = base is not None and batch.seq == base.seq + 1 and not self._filling
+        if base and is_next and not self._buffer and len(batch.ops) <= SLICE * HASH_BYTES:
             self._apply(base, batch.ops)
-        elif (
-            batch.seq not in self._buffer
-            and len(self._buffer) < MAX_BUFFER
-            and self._buffered + len(batch.ops) <= MAX_BUFFER_BYTES
+        elif batch.seq not in self._buffer and (
+            is_next or (len(self._buffer) < MAX_BUFFER and self._buffered + len(batch.ops) <= MAX_BUFFER_BYTES)
         ):
             self._hold(batch.seq, batch.ops)
 
@@ -266,6 +275,8 @@ class KvStream:
         base = self._base
         if base is None or digest.seq > base.seq:
             self._top = max(self._top, digest.seq)
+        elif self._part:
+            return  # half of the next batch is in the index, so that there is nothing to compare
         elif digest.seq < base.seq:  # overtaken by a replay, or we were sent what the worker never did
             if now >= self._heard + STALE_S:
                 self._wrong = "the worker is behind what it published"
@@ -281,16 +292,17 @@ class KvStream:
 
     def _apply(self, base: _Base, data: bytes) -> None:
         """Apply batch ``base.seq + 1``, all or nothing."""
+        for op in self._unpack(base, data):
+            self._change(base, op)
         base.seq += 1
-        self._buffered -= len(self._buffer.pop(base.seq, b""))
+
+    def _unpack(self, base: _Base, data: bytes) -> list[Op]:
         try:
-            ops = unpack_ops(data)
+            return unpack_ops(data)
         except WireError as error:
             self.counters.malformed += 1
-            self._wrong = f"batch {base.seq} was malformed ({error})"
-            return
-        for op in ops:
-            self._change(base, op)
+            self._wrong = f"batch {base.seq + 1} was malformed ({error})"
+            return []
 
     def _change(self, base: _Base, op: Op) -> None:
         kind, tier, hashes = op
@@ -320,16 +332,24 @@ class KvStream:
         return self._base is not None and not self._filling and self._base.seq + 1 in self._buffer
 
     def _drain(self, now: float) -> None:
-        """Apply a slice of what is buffered and next."""
+        """Apply a slice of what is buffered and next; a batch leaves the buffer when all of it is applied."""
         if not self._can_drain():
             return
         base = self._base
         assert base is not None
-        budget = SLICE * HASH_BYTES
+        if self._top > base.seq + 1:  # it closes a gap, and is not one large batch
+            self._heard = now
+        budget = SLICE
         while budget > 0 and (ops := self._buffer.get(base.seq + 1)) is not None:
-            budget -= len(ops)
-            self._apply(base, ops)
-        self._heard = now
+            if not self._part:
+                self._part = deque(_slices(self._unpack(base, ops)))
+            while self._part and budget > 0:
+                op = self._part.popleft()
+                self._change(base, op)
+                budget -= 1 + len(op.hashes)
+            if not self._part:
+                base.seq += 1
+                self._buffered -= len(self._buffer.pop(base.seq))
         self._trim(base)
 
     def _trim(self, base: _Base) -> None:
@@ -351,6 +371,7 @@ class KvStream:
         if self._base:
             self._index.drop(self._base.slot)
         self._base, self._filling = base, None
+        self._part.clear()
         self._wrong, self._proved, self._heard = "", False, now
         self._full_at = now + FULL_RETRY_S
         self._trim(base)
@@ -457,12 +478,14 @@ class KvStream:
             return NEW, "its events are not connected"
         if base is None:
             return NEW, "its first snapshot has not come yet"
-        if self._top > base.seq:
+        if self._top > base.seq + bool(self._part):
             return GAP, self._wrong or f"batches from {base.seq + 1} are missing, {self._top} is known to exist"
         if self._wrong or self._full:
             return DEGRADED, self._wrong or self._full
         if now >= self._heard + STALE_S:
             return GAP, f"no digest has matched for {STALE_S:g} s"
+        if self._part:
+            return REPLAYING, f"batch {base.seq + 1} is large and is being applied in slices"
         if self._proved:
             return EXACT, ""
         return REPLAYING, "no digest has confirmed the repair yet"

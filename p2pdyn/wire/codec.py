@@ -2,7 +2,7 @@
 
 Nothing that a peer sends may raise anything but :class:`WireError`, allocate more than a small multiple of its own
 size, or come out with a type, length or range that the schema does not name.  ``Tokens``, up to 200,000 deltas a second
-through one frontend, has a layout of its own: see :func:`encode_tokens`.
+through one frontend, and ``KvBatch``, one of each engine step of each worker, have layouts of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from p2pdyn.wire.blobs import (
     encode_logprobs,
     encode_params,
 )
+from p2pdyn.wire.events import MAX_OPS, KvBatch
 from p2pdyn.wire.pack import unpack
 from p2pdyn.wire.requests import FINISHES, MAX_OPEN, Delta, Row, Tokens
 from p2pdyn.wire.schema import CONTROL, EVENTS, REGISTRY, REQUESTS
@@ -69,6 +70,8 @@ def encode(message: object) -> bytes:
     """The bytes of a registered message. Raises WireError if it breaks its own schema: a mistake on this side."""
     if type(message) is Tokens:
         return encode_tokens(message.epoch, message.deltas)
+    if type(message) is KvBatch:
+        return _dump_batch(message)
     link, kind, dump = _dumps.get(type(message)) or _learn(type(message))
     return _sized(_VERSION + msgpack.packb([kind, *dump(message)]), link)
 
@@ -89,6 +92,8 @@ def decode(link: str, data: bytes) -> object:
         raise WireError("not a message of ours")
     if len(data) > LIMITS[link]:
         raise WireError(f"larger than the {LIMITS[link]} bytes of the {link} link")
+    if link == EVENTS and data.startswith(_BATCH_HEAD):
+        return _load_batch(data)
     fields = unpack(memoryview(data)[1:], maps=False)
     if type(fields) is not tuple or not fields or type(fields[0]) is not int:
         raise WireError("not an array that starts with its kind")
@@ -177,3 +182,42 @@ def _load_tokens(fields: tuple[Any, ...]) -> Tokens:
 
 
 _loads[REQUESTS][_TOKENS_KIND] = _load_tokens
+
+
+# KvBatch: an array of the kind and one bytes item, always with the same heads, so that all of it lies at fixed places.
+_BATCH_HEAD = _VERSION + bytes([0x92, KvBatch.KIND, 0xC6])  # type: ignore[attr-defined]
+_BATCH = struct.Struct(">4sIQQBB")  # the heads, size of the item, epoch, seq, rank, bytes of the worker's id
+_BATCH_ITEM = 8
+"""Where the item begins."""
+_MAX_ID = 16
+
+
+def _dump_batch(batch: KvBatch) -> bytes:
+    worker, epoch, rank, seq, ops = batch
+    try:
+        name = worker.encode()
+        if len(name) > _MAX_ID or type(ops) is not bytes or len(ops) > MAX_OPS:
+            raise WireError("KvBatch: the worker or ops are too long")
+        size = _BATCH.size - _BATCH_ITEM + len(name) + len(ops)
+        return b"".join((_BATCH.pack(_BATCH_HEAD, size, epoch, seq, rank, len(name)), name, ops))
+    except (struct.error, AttributeError, UnicodeEncodeError, TypeError) as error:
+        raise WireError(f"KvBatch: {error}") from None
+
+
+def _load_batch(data: bytes) -> KvBatch:
+    try:
+        _, size, epoch, seq, rank, length = _BATCH.unpack_from(data)
+        start = _BATCH.size + length
+        worker = data[_BATCH.size : start].decode()
+    except (struct.error, UnicodeDecodeError):
+        raise WireError("KvBatch: truncated, or its worker is not text") from None
+    if size != len(data) - _BATCH_ITEM or length > _MAX_ID or not start <= len(data) <= start + MAX_OPS:
+        raise WireError("KvBatch: a length that does not fit")
+    return KvBatch(worker, epoch, rank, seq, data[start:])
+
+
+def _refuse_batch(_: tuple[Any, ...]) -> KvBatch:
+    raise WireError("KvBatch: not in its own layout")
+
+
+_loads[EVENTS][KvBatch.KIND] = _refuse_batch  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ Topics are one byte, so that a subscriber may take load alone: ``L`` load, ``K``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from p2pdyn.wire.schema import EVENTS, U8, U32, U64, Bound, Cap, IdStr, message
 
@@ -42,10 +42,12 @@ MAX_OPS = 4 * 2**20 - 1024
 
 
 @message(EVENTS, 2)
-@dataclass(frozen=True, slots=True)
-class KvBatch:
+class KvBatch(NamedTuple):
     """What one engine step changed in the KV cache of data-parallel rank ``rank``; ``seq`` counts from 1 without a
-    hole. ``ops`` as :mod:`p2pdyn.wire.kvpack` packs them. docs/design/kv-events.md"""
+    hole. ``ops`` as :mod:`p2pdyn.wire.kvpack` packs them. docs/design/kv-events.md
+
+    Not a dataclass, and with a layout of its own, because a frontend makes one of each engine step of each worker.
+    """
 
     worker: IdStr
     epoch: U64

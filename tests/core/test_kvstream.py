@@ -158,9 +158,9 @@ def test_lost_takes_the_blocks_away_at_once(state: str) -> None:
 @pytest.mark.parametrize("state", STATES)
 def test_a_batch_of_an_older_epoch_is_ignored(state: str) -> None:
     pair = Pair(state)
-    pair.do(replace(pair.step(8)[0], epoch=EPOCH, seq=1))
+    pair.do(pair.step(8)[0]._replace(epoch=EPOCH, seq=1))
     before = pair.told()
-    late = replace(pair.step(9)[0], epoch=EPOCH - 1)
+    late = pair.step(9)[0]._replace(epoch=EPOCH - 1)
 
     assert pair.do(late) == []
     assert pair.told() == before
@@ -254,10 +254,45 @@ def test_batches_before_the_first_snapshot_are_kept() -> None:
 def test_a_malformed_batch_is_followed_by_a_snapshot() -> None:
     pair = Pair(EXACT)
 
-    assert pair.do(replace(pair.step(3)[0], ops=b"\xff")) == [snapshot(2)]
+    assert pair.do(pair.step(3)[0]._replace(ops=b"\xff")) == [snapshot(2)]
     assert pair.told() == (DEGRADED, 2)
     assert "malformed" in pair.stream.why
     assert pair.stream.counters.malformed == 1
+
+
+def test_a_large_batch_is_applied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(EXACT)
+    monkeypatch.setattr(kvstream, "SLICE", 2)
+    large, after = pair.step(*range(3, 10))[0], pair.step(10)[0]
+
+    assert pair.do(large) == []
+    assert pair.told() == (REPLAYING, 1)
+    assert "slices" in pair.stream.why
+    assert pair.stream.blocks == 4
+    assert pair.do(large) == []
+    pair.do(replace(pair.bad_digest(), seq=1))
+    assert pair.do(after) == []
+    steps = 0
+    while pair.stream.next_deadline() == 0.0:
+        pair.do(Tick())
+        steps += 1
+        assert steps < 10
+    assert pair.told() == (REPLAYING, 3)
+    assert pair.right()
+    pair.do(pair.worker.digest())
+    assert pair.told() == (EXACT, 3)
+    assert len(pair.asked) == 1  # the first snapshot: no half of a batch was compared with a digest
+
+
+def test_a_snapshot_takes_the_place_of_half_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair(DEGRADED)
+    monkeypatch.setattr(kvstream, "SLICE", 2)
+    pair.do(pair.step(*range(3, 12))[0])
+    pair.answer()
+    pair.settle()
+
+    assert pair.told() == (EXACT, 2)
+    assert pair.right()
 
 
 def test_a_cleared_cache_takes_a_new_slot() -> None:
