@@ -105,7 +105,7 @@ class EngineInfo:
     prompt_logprobs, penalties, guided, min_p, seed, ...); the frontend answers 400 for the rest. ``card`` is the packed
     model card (:mod:`p2pdyn.text.card`). ``weights`` is any text that two workers of one model share exactly when they
     compute the same; it enters the fingerprint by which workers are routed together. ``ranks`` counts data-parallel
-    ranks; ``kv_events``: it reports every change of its prefix cache, in its steps or, where ``publishers`` are named, on
+    ranks; ``kv_events``: it tells every change of its prefix cache, in its steps or, where ``publishers`` are named, on
     ZeroMQ sockets of its own on this host: (events, replay, topic) of each rank, as vLLM and SGLang have them."""
 
     engine: str
