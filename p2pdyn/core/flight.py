@@ -46,6 +46,8 @@ class Dispatch(NamedTuple):
     job: Job
     tokens: array[int]
     rank: int = 0
+    uncached: int = 0
+    """Tokens that the worker is expected to compute."""
 
 
 class Abandon(NamedTuple):
@@ -240,7 +242,7 @@ class Flights:
             flight.workers.append(worker)
         self._at.setdefault(worker, {})[flight.rid] = flight
         flight.sink.on_routed(worker)
-        return [Dispatch(worker, flight.rid, flight.attempt, job, tokens, decision.target.rank)]
+        return [Dispatch(worker, flight.rid, flight.attempt, job, tokens, decision.target.rank, decision.uncached)]
 
     def _admit(self, now: float) -> list[Action]:
         """Those whose turn it is leave the queue of saturated models."""

@@ -29,7 +29,7 @@ class SpeedMeter:
     """Fed by the worker; ``now`` in seconds, blocks are KV blocks in use."""
 
     def __init__(self) -> None:
-        self._prefilling: dict[int, tuple[int, float]] = {}
+        self._prefilling: dict[int, tuple[int, int, float]] = {}
         self._last_first = 0.0
         self._tokens = self._seconds = 0.0
         self._sampled = self._stepped = 0.0
@@ -38,8 +38,9 @@ class SpeedMeter:
 
     # What the engine does.
 
-    def submitted(self, key: int, tokens: int, now: float) -> None:
-        self._prefilling[key] = (tokens, now)
+    def submitted(self, key: int, tokens: int, expected: int, now: float) -> None:
+        """A prompt of ``tokens``, of which ``expected`` are believed not to be cached; 0: nobody knows."""
+        self._prefilling[key] = (tokens, min(expected, tokens) if expected else tokens, now)
 
     def first_tokens(self, started: Iterable[tuple[int, int]], now: float) -> None:
         """Prompts whose first token has come in one step, as (key, tokens of it from the prefix cache)."""
@@ -48,7 +49,7 @@ class SpeedMeter:
             begun = self._prefilling.pop(key, None)
             if begun is not None:
                 tokens += begun[0] - cached
-                since = min(since, begun[1])
+                since = min(since, begun[2])
         since, self._last_first = max(since, self._last_first), now
         if tokens >= MIN_TOKENS and now > since:
             self._tokens = KEEP * self._tokens + tokens
@@ -88,8 +89,8 @@ class SpeedMeter:
 
     @property
     def backlog(self) -> int:
-        """Prompt tokens of sequences without a first token; those already cached or computed count as well."""
-        return sum(tokens for tokens, _ in self._prefilling.values())
+        """Prompt tokens that sequences without a first token were expected to compute; those done count as well."""
+        return sum(expected for _, expected, _ in self._prefilling.values())
 
     @property
     def prefill_tps(self) -> float:

@@ -341,6 +341,7 @@ class Dispatcher:
                 job.whole,
                 job.traceparent,
                 action.rank,
+                action.uncached,
             )
         )
 

@@ -171,6 +171,7 @@ class WorkerService:
         elif sequence is not None:
             self.requests_total += 1
             self._admitted.append(sequence)
+            self._speed.submitted(sequence.key, len(sequence.tokens), message.uncached, monotonic())
             if message.traceparent:
                 log.debug("request %d, attempt %d: trace %s", message.rid, message.attempt, message.traceparent)
 
@@ -200,13 +201,13 @@ class WorkerService:
         """A cancel right behind its generate must win: what has not reached the engine never does."""
         if not keys:
             return
+        for key in keys:
+            self._speed.gone(key)
         if self._admitted:
             waiting = {sequence.key for sequence in self._admitted}.intersection(keys)
             if waiting:
                 self._admitted = [s for s in self._admitted if s.key not in waiting]
                 keys = [key for key in keys if key not in waiting]
-        for key in keys:
-            self._speed.gone(key)
         self._aborted += keys
 
     def _batch_done(self) -> None:
@@ -222,10 +223,7 @@ class WorkerService:
     def _admit(self) -> None:
         self._admitting = False
         if self._admitted and self._runner is not None:
-            now, total = monotonic(), 0
-            for sequence in self._admitted:
-                total += len(sequence.tokens)
-                self._speed.submitted(sequence.key, len(sequence.tokens), now)
+            total = sum(len(sequence.tokens) for sequence in self._admitted)
             self._runner.submit(self._admitted)
             self._admitted = []
             if total >= TELL_TOKENS or not self._was_busy:
@@ -330,7 +328,8 @@ class WorkerService:
             load.queued,
             load.kv_used,
             load.kv_total,
-            load.prefill_tokens_queued or speed.backlog,
+            # The engine knows what it has computed, the routers what is cached: both are upper bounds.
+            min(load.prefill_tokens_queued or speed.backlog, speed.backlog),
             speed.prefill_tps or load.prefill_tps,
             speed.itl_ms(load.active_blocks) or load.itl_ms,
             speed.itl_per_block_ms or load.itl_per_block_ms,

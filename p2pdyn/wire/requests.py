@@ -52,7 +52,8 @@ class Generate:
     ``prompt_len`` says where the prompt ends (seeds and min_tokens count from there); ``epoch`` is the worker's, and a
     worker of another epoch refuses.  ``whole``: nobody looks at single tokens, so those between the first and the last
     may be sent together, a few times a second.  ``traceparent`` is the client's (W3C Trace Context), or empty.
-    ``rank`` is the worker's data-parallel rank that it was routed to.
+    ``rank`` is the worker's data-parallel rank that it was routed to.  ``uncached`` is the router's estimate of the
+    tokens that the worker will have to compute, 0 if it has none: what the worker reports of its queue adds these up.
     """
 
     rid: U64
@@ -65,6 +66,7 @@ class Generate:
     whole: bool = False
     traceparent: Annotated[str, Cap(64)] = ""
     rank: U8 = 0
+    uncached: U32 = 0
 
 
 @message(REQUESTS, 4)

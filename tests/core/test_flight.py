@@ -92,7 +92,7 @@ def test_lost_worker_moves_the_stream_with_what_was_received() -> None:
     other = B if first.worker == A else A
     flights.tokens(first.worker, [delta(first, 0, 7)], 0.1)
     (second,) = flights.worker_lost(first.worker, "gone", 0.2)
-    assert second == Dispatch(other, first.rid, 1, first.job, array("I", [1, 2, 3, 7]))
+    assert second == Dispatch(other, first.rid, 1, first.job, array("I", [1, 2, 3, 7]), uncached=4)
     assert isinstance(second, Dispatch)
     flights.tokens(other, [delta(second, 1, 8, finish="length")], 0.3)
     assert sink.tokens == [7, 8]

@@ -18,7 +18,7 @@ def step(meter: SpeedMeter, decoding: int, blocks: int, now: float) -> None:
 def test_prompts_that_are_computed_together_count_together() -> None:
     meter = SpeedMeter()
     for key in range(5):
-        meter.submitted(key, 1500, 0.0)
+        meter.submitted(key, 1500, 0, 0.0)
     meter.first_tokens([(key, 0) for key in range(5)], 1.5)
     assert meter.prefill_tps == pytest.approx(5000)
 
@@ -32,7 +32,7 @@ def test_prefill_speed_of_a_queue_computed_one_after_the_other() -> None:
     meter, rng = SpeedMeter(), random.Random(1)
     prompts = [rng.randrange(100, 8000) for _ in range(40)]
     for key, tokens in enumerate(prompts):
-        meter.submitted(key, tokens, 0.0)
+        meter.submitted(key, tokens, 0, 0.0)
     assert meter.backlog == sum(prompts)
     now = 0.0
     for key, tokens in enumerate(prompts):
@@ -42,10 +42,22 @@ def test_prefill_speed_of_a_queue_computed_one_after_the_other() -> None:
     assert meter.backlog == 0
 
 
+def test_the_backlog_is_what_routers_expect_to_be_computed() -> None:
+    meter = SpeedMeter()
+    meter.submitted(1, 10_000, 1_000, 0.0)
+    meter.submitted(2, 10_000, 0, 0.0)  # nobody knows: all of it
+    meter.submitted(3, 100, 5_000, 0.0)  # never more than there is
+    assert meter.backlog == 1_000 + 10_000 + 100
+    meter.first_tokens([(2, 9_000)], 1.0)
+    meter.gone(3)
+    assert meter.backlog == 1_000
+    assert meter.prefill_tps == pytest.approx(1_000)
+
+
 def test_cached_tokens_took_no_time() -> None:
     meter = SpeedMeter()
     for key in range(5):
-        meter.submitted(key, 4000, float(key))
+        meter.submitted(key, 4000, 0, float(key))
         meter.first_tokens([(key, 3000)], key + 0.25)
     assert meter.prefill_tps == pytest.approx(4000)
 
@@ -53,16 +65,16 @@ def test_cached_tokens_took_no_time() -> None:
 def test_idle_time_between_prompts_does_not_count() -> None:
     meter = SpeedMeter()
     for key in range(5):
-        meter.submitted(key, 1000, 100.0 * key)
+        meter.submitted(key, 1000, 0, 100.0 * key)
         meter.first_tokens([(key, 0)], 100.0 * key + 0.5)
     assert meter.prefill_tps == pytest.approx(2000)
 
 
 def test_short_and_aborted_prompts_are_no_measure() -> None:
     meter = SpeedMeter()
-    meter.submitted(1, 10, 0.0)
+    meter.submitted(1, 10, 0, 0.0)
     meter.first_tokens([(1, 0)], 1.0)
-    meter.submitted(2, 1000, 1.0)
+    meter.submitted(2, 1000, 0, 1.0)
     meter.gone(2)
     meter.first_tokens([(2, 0)], 9.0)
     assert meter.prefill_tps == 0
@@ -72,7 +84,7 @@ def test_short_and_aborted_prompts_are_no_measure() -> None:
 def test_a_worker_that_becomes_slower_is_seen_to() -> None:
     meter, now = SpeedMeter(), 0.0
     for key in range(60):
-        meter.submitted(key, 1000, now)
+        meter.submitted(key, 1000, 0, now)
         now += 0.1 if key < 20 else 0.4
         meter.first_tokens([(key, 0)], now)
     assert meter.prefill_tps == pytest.approx(2500, rel=0.05)
@@ -101,7 +113,7 @@ def test_equal_block_counts_tell_no_growth() -> None:
 def test_steps_that_prefill_idle_gaps_and_a_stopped_process_are_no_itl() -> None:
     meter = SpeedMeter()
     step(meter, 1, 10, 1.0)
-    meter.submitted(1, 5000, 1.0)
+    meter.submitted(1, 5000, 0, 1.0)
     step(meter, 1, 10, 2.0)  # it prefilled
     meter.first_tokens([(1, 0)], 2.0)
     step(meter, 1, 10, 3.0)  # the step before it did
@@ -116,6 +128,6 @@ def test_steps_that_prefill_idle_gaps_and_a_stopped_process_are_no_itl() -> None
 
 def test_an_engine_that_was_emptied_prefills_nothing() -> None:
     meter = SpeedMeter()
-    meter.submitted(1, 5000, 0.0)
+    meter.submitted(1, 5000, 0, 0.0)
     meter.clear()
     assert meter.backlog == 0

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from p2pdyn.core.flight import Action
 from p2pdyn.core.request import Job, Logprobs, Outcome, Rejected
-from p2pdyn.core.types import READY, Address, NodeId, PeerInfo, SamplingParams, ServedModel
+from p2pdyn.core.types import READY, Address, Load, NodeId, PeerInfo, SamplingParams, ServedModel
 from p2pdyn.engines.base import EngineInfo
 from p2pdyn.engines.base import Sequence as EngineSequence
 from p2pdyn.engines.runner import Runner, make_runner
@@ -82,7 +83,7 @@ class Worker:
 class Bench:
     """One frontend and its workers."""
 
-    def __init__(self, tmp: Path) -> None:
+    def __init__(self, tmp: Path, policy: str = "round-robin") -> None:
         self.tmp = tmp
         write_key_file(tmp / "key")
         self.sockets = Sockets(Security.load(tmp / "key"))
@@ -90,7 +91,7 @@ class Bench:
         self.workers: list[Worker] = []
         self.batches = 0
         self.dispatcher = Dispatcher(
-            self.sockets, FRONTEND, 1, "round-robin", random.Random(1),
+            self.sockets, FRONTEND, 1, policy, random.Random(1),
             eager=True, suspect=self.suspects.append, report=dict, mesh_metrics=list,
         )  # fmt: skip
         self.dispatcher.on_batch = self.count_batch
@@ -120,10 +121,10 @@ class Bench:
 
 
 @contextmanager
-def running(tmp: Path) -> Iterator[Callable[[Callable[[Bench], Awaitable[None]]], None]]:
+def running(tmp: Path, policy: str = "round-robin") -> Iterator[Callable[[Callable[[Bench], Awaitable[None]]], None]]:
     def run(scenario: Callable[[Bench], Awaitable[None]]) -> None:
         async def main() -> None:
-            bench = Bench(tmp)
+            bench = Bench(tmp, policy)
             try:
                 await asyncio.wait_for(scenario(bench), 20)
             finally:
@@ -193,6 +194,32 @@ def test_fast_steps_share_a_message_but_neither_the_first_token_nor_the_end_wait
         assert worker.runner.steps == 64
 
     run(scenario)
+
+
+def test_a_workers_queue_is_what_the_router_expects_it_to_compute(tmp_path: Path) -> None:
+    async def scenario(bench: Bench) -> None:
+        worker = await bench.worker("a", "--prefill-tps", "100", "--max-num-seqs", "1")
+        bench.refresh()
+        _, sink = bench.submit(max_tokens=1)
+        await asyncio.wait_for(sink.outcome, 5)
+        await until(lambda: len(bench.dispatcher.index) == 2, "the prompt's two blocks are known")
+        sinks = [bench.submit(max_tokens=1)[1] for _ in range(3)]
+        reports: list[Load] = []
+        take = bench.dispatcher.flights.report
+
+        def report(worker: NodeId, rank: int, load: Load, now: float) -> list[Action]:
+            reports.append(load)
+            return take(worker, rank, load, now)
+
+        bench.dispatcher.flights.report = report  # type: ignore[method-assign]
+        await until(lambda: any(load.active_requests + load.queued == 3 for load in reports), "a report of all three")
+        assert 0 < max(load.prefill_tokens_queued for load in reports) <= 3 * (41 - 32)
+        assert worker.service.load.prefill_tokens_queued > 41  # its engine looks a prompt up when its turn comes
+        for sink in sinks:
+            await asyncio.wait_for(sink.outcome, 5)
+
+    with running(tmp_path, "kv") as run:
+        run(scenario)
 
 
 def test_a_cancel_reaches_the_engine_within_one_step(run: Run) -> None:

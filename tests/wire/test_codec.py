@@ -124,7 +124,8 @@ def test_fields_added_at_the_end_are_sent_only_when_they_say_something() -> None
     assert decode("requests", raw(*fields)) == decode("requests", raw(*fields, False, "")) == plain
     assert decode("requests", encode(replace(plain, whole=True))) == replace(plain, whole=True)
     assert encode(replace(plain, traceparent=trace)) == raw(*fields, False, trace)
-    for wrong in (fields[:-1], (*fields, False, "", 1, 1), (*fields, False, "x" * 65)):
+    assert decode("requests", raw(*fields, False, "", 1, 9)) == replace(plain, rank=1, uncached=9)
+    for wrong in (fields[:-1], (*fields, False, "", 1, 1, 1), (*fields, False, "x" * 65)):
         with pytest.raises(WireError):
             decode("requests", raw(*wrong))
 
