@@ -154,7 +154,7 @@ def ingest_stores(blocks: int, per_batch: int, rounds: int, rng: random.Random) 
     )
 
 
-def _naive_hashes(tokens: bytes) -> list[int]:
+def naive_hashes(tokens: bytes) -> list[int]:
     size = 4 * BLOCK
     hashes: list[int] = []
     pack = struct.Struct("<QQ").pack
@@ -164,7 +164,7 @@ def _naive_hashes(tokens: bytes) -> list[int]:
     return hashes
 
 
-def _naive_match(held: dict[int, int], hashes: list[int], among: int) -> dict[int, int]:
+def naive_match(held: dict[int, int], hashes: list[int], among: int) -> dict[int, int]:
     found: dict[int, int] = {}
     standing = among
     for depth, one in enumerate(hashes):
@@ -189,7 +189,7 @@ def decision(length: int, background: int, tiers: int, rounds: int, rng: random.
     """Hash a prompt and match it among the targets: one holds all of it, the others the system prompt and a little."""
     tokens = array("I", [rng.randrange(150_000) for _ in range(length)]).tobytes()
     hashes = sequence_hashes(tokens, BLOCK)
-    if hashes != _naive_hashes(tokens):
+    if hashes != naive_hashes(tokens):
         raise SystemExit("decision: the hashes differ")
     index = KvIndex()
     held: dict[int, int] = {}
@@ -205,7 +205,7 @@ def decision(length: int, background: int, tiers: int, rounds: int, rng: random.
         for one in own:
             held[one] = held.get(one, 0) | 1 << slot
     among = (1 << TARGETS) - 1
-    if index.match(hashes, among).blocks != _naive_match(held, hashes, among):
+    if index.match(hashes, among).blocks != naive_match(held, hashes, among):
         raise SystemExit("decision: the matches differ")
 
     def timed(call: Callable[[], object]) -> Side:
@@ -218,11 +218,11 @@ def decision(length: int, background: int, tiers: int, rounds: int, rng: random.
 
     both = alternate(
         timed(lambda: index.match(sequence_hashes(tokens, BLOCK), among)),
-        timed(lambda: _naive_match(held, _naive_hashes(tokens), among)),
+        timed(lambda: naive_match(held, naive_hashes(tokens), among)),
         rounds,
     )
     alone = alternate(
-        timed(lambda: index.match(hashes, among)), timed(lambda: _naive_match(held, hashes, among)), rounds
+        timed(lambda: index.match(hashes, among)), timed(lambda: naive_match(held, hashes, among)), rounds
     )
     _print(
         {

@@ -7,7 +7,7 @@ to whichever target is free first; one that waits in an engine can not.  So targ
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import ceil
@@ -51,6 +51,13 @@ def saturation(target: Target, queue_s: float, limits: Limits) -> str:
         if load.kv_total and load.kv_used >= limits.kv_used * load.kv_total:
             return f"{load.kv_used} of {load.kv_total} KV blocks held and {load.queued} requests wait"
     return ""
+
+
+def doubtful(targets: Sequence[Target], queues: Sequence[float], limits: Limits) -> bool:
+    """Whether any of ``targets`` may be saturated: False, at little cost, on almost every request."""
+    return max(queues, default=0.0) > limits.prefill_s or max(
+        [target.load.queued for target in targets], default=0
+    ) >= min(limits.kv_queued, limits.queued)
 
 
 @dataclass(slots=True)

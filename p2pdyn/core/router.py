@@ -17,13 +17,14 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from math import inf, isfinite
 from statistics import median
 from typing import Any, Protocol
 
 from xxhash import xxh3_64_intdigest
 
-from p2pdyn.core.admission import DEFAULT_LIMITS, Limits, saturation
+from p2pdyn.core.admission import DEFAULT_LIMITS, Limits, doubtful, saturation
 from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, POLICIES, View
 from p2pdyn.core.router_predict import Predictions
 from p2pdyn.core.router_shared import Shared
@@ -54,7 +55,10 @@ class Index(Protocol):
     def match(self, hashes: list[int], candidates: int, /) -> Held: ...
 
 
-@dataclass(frozen=True, slots=True)
+# Made for each request and changed by nobody; not frozen, which would make them three times as dear to make.
+
+
+@dataclass(slots=True)
 class Ask:
     """A prompt of ``tokens`` token ids; ``hashes`` are the sequence hashes of its full blocks, empty if not known."""
 
@@ -66,7 +70,7 @@ class Ask:
     exclude: Collection[NodeId] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """``cost`` is in the policy's unit; ``matched`` counts blocks that the target holds or is predicted to hold,
     ``uncached`` prompt tokens that it has to compute."""
@@ -120,6 +124,9 @@ class Router:
         self._draws = (rng.random(), rng.random())
         self._output = FIRST_OUTPUT
         self._at: dict[Hashable, Target] = {}
+        self._slots: list[int] = []
+        self._mask = 0
+        """Of the targets asked about last, and the same as a bit set."""
 
     # One decision.
 
@@ -148,7 +155,7 @@ class Router:
 
     def _decide(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
         self._assume(targets)
-        queues = [target.queue_s(now) for target in targets]
+        queues = [target.queue_s(now) if target.waits else 0.0 for target in targets]
         allowed = self._allowed(ask, targets, queues)
         if not allowed:
             return None
@@ -178,26 +185,24 @@ class Router:
         if ask.exclude:
             allowed = [position for position in allowed if targets[position].worker not in ask.exclude]
         limits = self._limits
-        if limits is None or ask.pin:
+        if limits is None or ask.pin or not doubtful(targets, queues, limits):
             return allowed
         free = [position for position in allowed if not saturation(targets[position], queues[position], limits)]
         return free or allowed
 
-    def _held(self, ask: Ask, targets: Sequence[Target], now: float) -> tuple[list[int], list[float]]:
+    def _held(self, ask: Ask, targets: Sequence[Target], now: float) -> tuple[list[int], Sequence[float]]:
         """Leading blocks of the prompt at each target, and the same with slower tiers at their credit."""
         matched = [0] * len(targets)
         if not ask.hashes:
             return matched, [0.0] * len(targets)
         held: Held | None = None
         if self._index is not None:
-            mask = 0
-            for target in targets:
-                if target.slot >= 0:
-                    mask |= 1 << target.slot
-            held = self._index.match(ask.hashes, mask)
-            get = held.blocks.get
-            matched = [get(target.slot, 0) for target in targets]
-        credit = [float(blocks) for blocks in matched]
+            slots = [target.slot for target in targets]
+            if slots != self._slots:
+                self._slots, self._mask = slots, sum({1 << slot for slot in slots if slot >= 0})
+            held = self._index.match(ask.hashes, self._mask)
+            matched = list(map(held.blocks.get, slots, repeat(0)))
+        credit: list[float] = [*matched]
         if held is not None and (held.host or held.disk):
             for position, target in enumerate(targets):
                 credit[position] -= (1 - HOST_CREDIT) * held.host.get(target.slot, 0)
@@ -218,7 +223,7 @@ class Router:
             known = [speed for speed in speeds if speed]
             assumed = median(known) if known else DEFAULT_TPS
             for target in targets:
-                target.assumed_tps = assumed
+                target.assume(assumed)
 
     # What became of it.
 

@@ -52,7 +52,7 @@ class View:
     """Seconds of prefill queued."""
     matched: list[int]
     """Leading blocks held in any tier, or predicted to be."""
-    credit: list[float]
+    credit: Sequence[float]
     """The same in blocks, those in slower tiers at their credit."""
     shared: int
     """How many prompts, a second apart, have left the known path where this one does."""
@@ -70,15 +70,17 @@ Scorer = Callable[[View], list[float]]
 def kv(view: View) -> list[float]:
     """Seconds."""
     tokens, size, blocks, output = view.tokens, view.block_size, view.blocks, view.output
+    now = view.now
     copies = _copies(view.matched, view.shared)
     costs: list[float] = []
     for target, queue, matched, credit in zip(view.targets, view.queues, view.matched, view.credit, strict=True):
-        load = target.load
-        compute = max(0.0, tokens - credit * size) + copies[matched] * size
-        cost = queue + compute / (load.prefill_tps or target.assumed_tps)
-        if load.itl_per_block_ms:
-            cost += DECODE_WEIGHT * load.itl_per_block_ms * 1e-3 * (target.decode_blocks + blocks) * output
-        costs.append(cost + RECENT_WEIGHT * target.recent_s(view.now) + REQUEST_S * target.requests)
+        compute = (left if (left := tokens - credit * size) > 0.0 else 0.0) + copies[matched] * size
+        cost = queue + compute / target.tps + REQUEST_S * target.requests
+        if target.itl_per_block_s:
+            cost += DECODE_WEIGHT * target.itl_per_block_s * (target.decode_blocks + blocks) * output
+        if target.work:
+            cost += RECENT_WEIGHT * target.recent_s(now)
+        costs.append(cost)
     return costs
 
 

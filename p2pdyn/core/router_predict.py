@@ -77,8 +77,8 @@ class Predictions:
         found: dict[Target, int] = {}
         count = len(hashes)
         for start, filed in self._by_start.items():
-            if start < count:
-                for _, one in filed.get(hashes[start], ()):
+            if start < count and (there := filed.get(hashes[start])):
+                for _, one in there:
                     reach = one.reach(hashes)
                     if reach > found.get(one.target, 0):
                         found[one.target] = reach

@@ -44,8 +44,9 @@ class Target:
     it holds is guessed from what was sent to it. ``now`` never goes back."""
 
     __slots__ = (
-        "_as_of", "_open", "_recent", "_reported", "_tokens", "_work", "_worked", "approximate", "assumed_tps", "load",
-        "my_blocks", "my_pending", "others", "others_blocks", "rank", "slot", "worker",
+        "_as_of", "_assumed_tps", "_open", "_recent", "_reported", "_tokens", "_worked", "approximate",
+        "decode_blocks", "itl_per_block_s", "load", "my_blocks", "my_pending", "others", "others_blocks", "rank",
+        "requests", "slot", "tps", "waits", "work", "worker",
     )  # fmt: skip
 
     def __init__(self, worker: NodeId, rank: int = 0, slot: int = -1, approximate: bool = False) -> None:
@@ -54,8 +55,18 @@ class Target:
         self.slot = slot
         self.approximate = approximate
         self.load = Load()
-        self.assumed_tps = DEFAULT_TPS
-        """Stands in while the worker publishes no speed; the router keeps it at the median of the others."""
+        # A decision looks at each target, so what it looks at is plain attributes, made new with each event.
+        self.tps = self._assumed_tps = DEFAULT_TPS
+        """Prefill tokens a second; never 0."""
+        self.itl_per_block_s = 0.0
+        self.waits = False
+        """Prefill may be queued there: :meth:`queue_s` is asked. Otherwise it is 0."""
+        self.requests = 0
+        """Open requests there, of all frontends."""
+        self.decode_blocks = 0
+        """KV blocks that requests there hold, or will when their turn comes."""
+        self.work = 0.0
+        """Prompt tokens that we sent it, those of long ago for little: see :meth:`recent_s`."""
         self.my_pending = 0
         """Uncached prompt tokens of our requests there that have no first token yet."""
         self.my_blocks = 0
@@ -64,7 +75,6 @@ class Target:
         self.others_blocks = 0
         self._open: dict[Hashable, _Open] = {}
         self._recent: deque[tuple[float, Hashable]] = deque()
-        self._work = 0.0
         self._worked = 0.0
         self._tokens = 0.0
         self._as_of = 0.0
@@ -75,6 +85,8 @@ class Target:
     def report(self, load: Load, now: float) -> None:
         """Take over a load report, just received."""
         self.load = load
+        self.tps = load.prefill_tps or self._assumed_tps
+        self.itl_per_block_s = load.itl_per_block_ms * 1e-3
         tokens, requests, blocks = load.prefill_tokens_queued, len(self._open), self.my_blocks
         recent = self._recent
         while recent and recent[0][0] <= now - IN_FLIGHT_S:
@@ -87,18 +99,27 @@ class Target:
                 requests -= 1
         self._tokens = float(tokens)
         self._as_of = self._reported = now
+        self.waits = tokens > 0 or self.my_pending > 0
         self.others = max(0, load.active_requests + load.queued - requests)
         self.others_blocks = max(0, load.active_blocks - blocks)
+        self._count()
+
+    def assume(self, tps: float) -> None:
+        """Its speed while the worker publishes none: the median of the others'."""
+        self._assumed_tps = tps
+        self.tps = self.load.prefill_tps or tps
 
     def sent(self, key: Hashable, uncached: int, blocks: int, now: float) -> None:
         """This frontend sent it a request: ``uncached`` prompt tokens to compute, ``blocks`` KV blocks to hold."""
-        self._work = self._work * exp((self._worked - now) / RECENT_S) + uncached
+        self.work = self.work * exp((self._worked - now) / RECENT_S) + uncached
         self._worked = now
         self._tokens = self._left(now) + uncached
         self._as_of = now
         self._open[key] = _Open(uncached, blocks)
         self.my_pending += uncached
         self.my_blocks += blocks
+        self.waits = True
+        self._count()
         recent = self._recent
         while recent and recent[0][0] <= now - IN_FLIGHT_S:
             recent.popleft()
@@ -119,19 +140,19 @@ class Target:
             return
         self.my_pending -= one.uncached
         self.my_blocks -= one.blocks
+        self._count()
         if one.uncached:
             self._tokens = max(0.0, self._left(now) - one.uncached)
             self._as_of = now
 
+    def _count(self) -> None:
+        self.requests = len(self._open) + self.others
+        self.decode_blocks = self.my_blocks + self.others_blocks
+
     # What is believed.
 
-    @property
-    def tps(self) -> float:
-        """Prefill tokens a second; never 0."""
-        return self.load.prefill_tps or self.assumed_tps
-
     def _left(self, now: float) -> float:
-        left = self._tokens - (now - self._as_of) * (self.load.prefill_tps or self.assumed_tps)
+        left = self._tokens - (now - self._as_of) * self.tps
         return left if left > 0.0 else 0.0
 
     def prefill_tokens(self, now: float) -> float:
@@ -143,26 +164,22 @@ class Target:
 
     def queue_s(self, now: float) -> float:
         """Seconds until a prompt sent now is begun with."""
-        return self.prefill_tokens(now) / (self.load.prefill_tps or self.assumed_tps)
+        if not self.waits:
+            return 0.0
+        tokens = self.prefill_tokens(now)
+        if not tokens and not self.my_pending:
+            self.waits = False  # until something is sent or reported
+            self._tokens = 0.0
+        return tokens / self.tps
 
     def recent_s(self, now: float) -> float:
         """Seconds of prefill that we sent it, decayed with :data:`RECENT_S`."""
-        return self._work * exp((self._worked - now) / RECENT_S) / (self.load.prefill_tps or self.assumed_tps)
+        return self.work * exp((self._worked - now) / RECENT_S) / self.tps
 
     @property
     def mine(self) -> int:
         """Open requests of this frontend there."""
         return len(self._open)
-
-    @property
-    def requests(self) -> int:
-        """Open requests there, of all frontends."""
-        return len(self._open) + self.others
-
-    @property
-    def decode_blocks(self) -> int:
-        """KV blocks that requests there hold, or will when their turn comes."""
-        return self.my_blocks + self.others_blocks
 
     def __repr__(self) -> str:
         return f"Target({self.worker}, rank={self.rank}, slot={self.slot})"
