@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 
 from p2pdyn.core.kvhash import block_hashes, chain, root_seed
 from p2pdyn.engines.base import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
@@ -26,66 +27,94 @@ MAX_IDS = 2**22
 
 
 class KvBlocks:
-    """``orphans`` counts the stored blocks that were left out: unknown parent, tokens that do not fit, too many."""
+    """``orphans`` counts the stored blocks that were left out: unknown parent, tokens that do not fit, too many.
+
+    Most blocks are there once, under one id, so that what is counted is what is there more often: ``_copies`` are an
+    id's beyond the first, ``_ids`` a hash's ids beyond the first.
+    """
 
     def __init__(self, block_size: int, max_ids: int = MAX_IDS) -> None:
         self.orphans = 0
         self._block_size = block_size
         self._max_ids = max_ids
-        self._names: dict[int, int] = {}
+        self._count = 0
+        self._names: tuple[dict[int, int], ...] = tuple({} for _ in range(TIERS))
+        self._held: tuple[set[int], ...] = tuple(set() for _ in range(TIERS))
         self._copies: tuple[dict[int, int], ...] = tuple({} for _ in range(TIERS))
         self._ids: tuple[dict[int, int], ...] = tuple({} for _ in range(TIERS))
 
     def __len__(self) -> int:
-        return len(self._names)
+        """Ids, in any tier."""
+        return self._count
 
     def apply(self, event: KvEvent) -> list[Op]:
         """What of (hash, tier) really came or went, in order; empty if nothing did."""
         if isinstance(event, BlocksStored):
             return self._store(event)
         if isinstance(event, BlocksRemoved):
-            gone = array("Q")
-            if 0 <= event.tier < TIERS:
-                for block in event.hashes:
-                    self._remove(block, event.tier, gone)
-            return [Op(REMOVED, event.tier, gone)] if gone else []
+            gone = self._remove(event.hashes, event.tier) if 0 <= event.tier < TIERS else []
+            return [Op(REMOVED, event.tier, array("Q", gone))] if gone else []
         return self._clear(event)
 
-    def held(self, tier: int) -> Iterable[int]:
+    def held(self, tier: int) -> AbstractSet[int]:
         """The hashes in ``tier``."""
-        return self._ids[tier].keys()
+        return self._held[tier]
+
+    def _name_of(self, block: int) -> int | None:
+        for names in self._names:
+            if (name := names.get(block)) is not None:
+                return name
+        return None
 
     def _store(self, event: BlocksStored) -> list[Op]:
-        names = self._name(event) if 0 <= event.tier < TIERS else None
-        if names is None:
-            self.orphans += len(event.hashes)
+        tier, blocks = event.tier, event.hashes
+        hashes = self._hashes(event) if 0 <= tier < TIERS else None
+        if hashes is None:
+            self.orphans += len(blocks)
             return []
-        copies, ids = self._copies[event.tier], self._ids[event.tier]
+        held, count = self._held[tier], len(blocks)
+        if (
+            self._count + count <= self._max_ids
+            and len(set(blocks)) == count == len(set(hashes))
+            and held.isdisjoint(hashes)
+            and all(names.keys().isdisjoint(blocks) for names in self._names if names)
+        ):
+            self._names[tier].update(zip(blocks, hashes, strict=True))
+            held.update(hashes)
+            self._count += count
+            return [Op(STORED, tier, array("Q", hashes))] if hashes else []
+        return self._store_each(blocks, hashes, tier)
+
+    def _store_each(self, blocks: tuple[int, ...], hashes: list[int], tier: int) -> list[Op]:
+        """Any of them may be there already, in this tier or another, once or twice."""
+        names, held, copies, ids = self._names[tier], self._held[tier], self._copies[tier], self._ids[tier]
         ops: list[Op] = []
         fresh = array("Q")
-        for block, name in zip(event.hashes, names, strict=True):
-            known = self._names.get(block)
-            if known is None:
-                if len(self._names) >= self._max_ids:
-                    self.orphans += 1
-                    continue
-                self._names[block] = name
-            elif known != name:
+        for block, name in zip(blocks, hashes, strict=True):
+            known = self._name_of(block)
+            if known is not None and known != name:
                 if fresh:
-                    ops.append(Op(STORED, event.tier, fresh))
+                    ops.append(Op(STORED, tier, fresh))
                     fresh = array("Q")
                 ops += self._forget(block)
-                self._names[block] = name
-            before = copies.get(block, 0)
-            copies[block] = before + 1
-            if not before:
-                others = ids.get(name, 0)
-                ids[name] = others + 1
-                if not others:
-                    fresh.append(name)
-        return [*ops, Op(STORED, event.tier, fresh)] if fresh else ops
+                known = None
+            if known is None:
+                if self._count >= self._max_ids:
+                    self.orphans += 1
+                    continue
+                self._count += 1
+            if block in names:
+                copies[block] = copies.get(block, 0) + 1
+                continue
+            names[block] = name
+            if name in held:
+                ids[name] = ids.get(name, 0) + 1
+            else:
+                held.add(name)
+                fresh.append(name)
+        return [*ops, Op(STORED, tier, fresh)] if fresh else ops
 
-    def _name(self, event: BlocksStored) -> list[int] | None:
+    def _hashes(self, event: BlocksStored) -> list[int] | None:
         """The blocks' sequence hashes, or None if they cannot be known."""
         if len(event.tokens) != len(event.hashes) * self._block_size:
             return None
@@ -97,40 +126,57 @@ class KvBlocks:
             tokens.byteswap()
         if event.parent is None:
             return chain(None, block_hashes(tokens.tobytes(), self._block_size, root_seed(event.lora, event.salt)))
-        parent = self._names.get(event.parent)
+        parent = self._name_of(event.parent)
         return None if parent is None else chain(parent, block_hashes(tokens.tobytes(), self._block_size))
 
-    def _remove(self, block: int, tier: int, gone: array[int]) -> None:
-        """Take one copy of ``block``; its hash is added to ``gone`` if that was the last of its content."""
-        copies, ids = self._copies[tier], self._ids[tier]
-        left = copies.get(block, 0) - 1
-        if left > 0:
-            copies[block] = left
-        elif left == 0:
-            del copies[block]
-            name = self._names[block]
-            ids[name] -= 1
-            if not ids[name]:
-                del ids[name]
-                gone.append(name)
-            if not any(block in others for others in self._copies):
-                del self._names[block]
+    def _remove(self, blocks: Iterable[int], tier: int) -> list[int]:
+        """Take one copy of each of ``blocks``; the hashes of which that was the last."""
+        names, held, copies, ids = self._names[tier], self._held[tier], self._copies[tier], self._ids[tier]
+        if not copies and not ids and not any(other for other in self._names if other is not names):
+            gone = [name for block in blocks if (name := names.pop(block, None)) is not None]
+            held.difference_update(gone)
+            self._count = len(names)
+            return gone
+        left: list[int] = []  # the ids that left this tier, and what they named
+        gone = []
+        for block in blocks:
+            if copies and block in copies:
+                _take(copies, block)
+            elif (name := names.pop(block, None)) is not None:
+                left.append(block)
+                if ids and name in ids:
+                    _take(ids, name)
+                else:
+                    gone.append(name)
+        held.difference_update(gone)
+        for other in self._names:
+            if other and other is not names:
+                left = [block for block in left if block not in other]
+        self._count -= len(left)
+        return gone
 
     def _forget(self, block: int) -> list[Op]:
         """Take all copies of ``block``, in every tier."""
         ops = []
         for tier, copies in enumerate(self._copies):
-            gone = array("Q")
-            if block in copies:
-                copies[block] = 1
-                self._remove(block, tier, gone)
-            if gone:
-                ops.append(Op(REMOVED, tier, gone))
+            copies.pop(block, None)
+            if gone := self._remove((block,), tier):
+                ops.append(Op(REMOVED, tier, array("Q", gone)))
         return ops
 
     def _clear(self, _: BlocksCleared) -> list[Op]:
-        if not self._names:
+        if not self._count:
             return []
-        for known in (self._names, *self._copies, *self._ids):
+        for known in (*self._names, *self._copies, *self._ids):
             known.clear()
+        for held in self._held:
+            held.clear()
+        self._count = 0
         return [Op(CLEARED, 0, array("Q"))]
+
+
+def _take(counts: dict[int, int], key: int) -> None:
+    if counts[key] == 1:
+        del counts[key]
+    else:
+        counts[key] -= 1

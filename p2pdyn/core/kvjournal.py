@@ -8,9 +8,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from functools import reduce
 from itertools import islice
-from operator import xor
 
 from p2pdyn.core.kvblocks import KvBlocks
 from p2pdyn.engines.base import KvEvent
@@ -27,6 +25,7 @@ from p2pdyn.wire.kvpack import (
     pack_ops,
     pack_replay,
     pack_snapshot,
+    xor_all,
 )
 
 REPLAY_BYTES = 4_000_000
@@ -57,7 +56,7 @@ class KvJournal:
         self.rank = rank
         self.seq = 0
         self._names = KvBlocks(block_size)
-        self._live: tuple[set[int], ...] = tuple(set() for _ in range(TIERS))
+        self._live = [self._names.held(tier) for tier in range(TIERS)]
         self._xors = [0] * TIERS
         self._digests = 0
         self._kept: deque[bytes] = deque()
@@ -117,30 +116,23 @@ class KvJournal:
         return {(one, tier) for tier, live in enumerate(self._live) for one in live}
 
     def _add(self, op: Op, ops: list[Op]) -> None:
-        """Take ``op`` into the live set, and what of it is a change into ``ops``, behind the last if it is alike."""
+        """Take a change of the live set into the digest, and into ``ops``, behind the last if it is alike."""
         kind, tier, hashes = op
         if kind == CLEARED:
-            if not any(self._live):
-                return
-            for live in self._live:
-                live.clear()
             self._xors = [0] * TIERS
             ops[:] = [op]  # whatever the step did before is undone
             return
-        live = self._live[tier]
-        if kind == STORED:
-            changed = array("Q", [one for one in dict.fromkeys(hashes) if one not in live])
-            live.update(changed)
-        else:
-            changed = array("Q", [one for one in dict.fromkeys(hashes) if one in live])
-            live.difference_update(changed)
-        self._xors[tier] = reduce(xor, changed, self._xors[tier])
+        self._xors[tier] ^= xor_all(hashes)
         if ops and ops[-1][:2] == (kind, tier):
-            ops[-1].hashes.extend(changed)
-        elif changed:
-            ops.append(Op(kind, tier, changed))
+            ops[-1].hashes.extend(hashes)
+        else:
+            ops.append(op)
 
     def _split(self, ops: list[Op]) -> Iterator[list[Op]]:
+        if len(ops) <= self._max_runs and sum(OP_BYTES + HASH_BYTES * len(op.hashes) for op in ops) <= self._max_ops:
+            if ops:
+                yield ops
+            return
         part: list[Op] = []
         room = self._max_ops
         for kind, tier, hashes in ops:

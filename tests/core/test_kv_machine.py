@@ -242,8 +242,11 @@ class Wire(RuleBasedStateMachine):
     @rule(frontend=st.sampled_from(FRONTENDS), worker=st.sampled_from(WORKERS), ahead=st.sampled_from((1, 2, 9, 2**60)))
     def forge(self, frontend: int, worker: int, ahead: int) -> None:
         """A batch that the worker never sent: garbage, or blocks that it does not have."""
+        foreign = b"\x00\x01\x00\x00\x00" + self.rng.randbytes(8)
+        self.forged(frontend, worker, ahead, self.rng.choice((b"\x00\x01", foreign, b"\x20\0\0\0\0")))
+
+    def forged(self, frontend: int, worker: int, ahead: int, ops: bytes) -> None:
         stream = self.frontends[frontend].streams[worker]
-        ops = self.rng.choice((b"\x00\x01", b"\x00\x01\x00\x00\x00" + self.rng.randbytes(8), b"\x20\0\0\0\0"))
         self.do(frontend, worker, KvBatch("f" * 16, stream.epoch, 0, stream.seq + ahead, ops))
 
     @rule(worker=st.sampled_from(WORKERS), kind=st.sampled_from(("dies", "restarts", "unseen", "epoch")))
@@ -254,6 +257,7 @@ class Wire(RuleBasedStateMachine):
         side.changes(self.now)
         if kind == "epoch":
             side.journal.raise_epoch(side.journal.epoch + 1)
+            assert side.journal.replay(side.journal.epoch, 0) is None
             return
         if kind != "unseen":
             for frontend in FRONTENDS:
@@ -316,7 +320,7 @@ class Wire(RuleBasedStateMachine):
         self.healed()
         for number, worker in enumerate(self.workers):
             if worker.alive:  # what was forged looks like the next batch, so that only a digest can tell
-                self.forge(number % len(FRONTENDS), number, 1)
+                self.forged(number % len(FRONTENDS), number, 1, b"\x00\x01\x00\x00\x00" + self.rng.randbytes(8))
                 self.work(number, 1)
         self.pass_time(HEAL_S)
         self.healed()

@@ -84,6 +84,9 @@ def test_digests_are_numbered_and_are_of_the_live_set() -> None:
     assert second.number == 2
     worker.take([BlocksRemoved((1, 2)), BlocksRemoved((2,), tier=2)])
     assert (worker.digest().blocks, worker.digest().xor) == (0, 0)
+    worker.take([store(1), store(2, tier=1), store(3, tier=2)])
+    worker.take([BlocksCleared()])
+    assert (worker.digest().blocks, worker.digest().xor) == (0, 0)
 
 
 def test_a_large_step_is_split_by_bytes_and_by_ops() -> None:
@@ -140,5 +143,6 @@ def test_a_raised_epoch_keeps_the_cache_and_begins_to_count_again() -> None:
     assert (digest.epoch, digest.seq, digest.number, digest.blocks) == (9, 0, 1, 1)
     assert worker.replay(7, 1) is None
     assert worker.replay(9, 1) is not None
+    assert worker.replay(9, 0) is None  # the ring of the epoch before is gone
     (batch,) = worker.take([BlocksRemoved((1,))])
     assert (batch.epoch, batch.seq) == (9, 1)

@@ -297,10 +297,11 @@ def test_a_snapshot_takes_the_place_of_half_a_batch(monkeypatch: pytest.MonkeyPa
 
 def test_a_cleared_cache_takes_a_new_slot() -> None:
     pair = Pair(EXACT)
+    pair.do(pair.take(BlocksStored((7,), None, (7,), tier=1), BlocksStored((8,), None, (8,), tier=2))[0])
     before = pair.stream.slot
     pair.do(pair.take(BlocksCleared(), BlocksStored((9,), None, (9,)))[0])
 
-    assert pair.told() == (EXACT, 2)
+    assert pair.told() == (EXACT, 3)
     assert pair.stream.slot != before
     assert pair.right()
     pair.do(pair.worker.digest())
