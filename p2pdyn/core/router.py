@@ -135,8 +135,8 @@ class Router:
         decision = self._decide(ask, targets, now)
         self._turn += 1
         self._draws = (self._rng.random(), self._rng.random())
-        if decision is not None and (known := max(decision.view.matched)):
-            self._shared.left(ask.hashes[known - 1], now)
+        if decision is not None and decision.view.known:
+            self._shared.left(ask.hashes[decision.view.known - 1], now)
         return decision
 
     def explain(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
@@ -164,11 +164,11 @@ class Router:
         known = max(matched)
         shared = self._shared.count(ask.hashes[known - 1]) if known else 0
         view = View(
-            ask.tokens, blocks, ask.block_size, targets, allowed, queues, matched, credit, shared, now, self._output,
-            self._turn, self._draws,
+            ask.tokens, blocks, ask.block_size, targets, allowed, queues, matched, known, credit, shared, now,
+            self._output, self._turn, self._draws,
         )  # fmt: skip
         costs = self._score(view)
-        best = min([costs[position] for position in allowed])
+        best = min(costs if len(allowed) == len(costs) else [costs[position] for position in allowed])
         ties = [position for position in allowed if costs[position] == best]
         chosen, why = ties[int(self._draws[0] * len(ties))], "pin" if ask.pin else "cost"
         if ask.session and not ask.pin:
@@ -178,8 +178,8 @@ class Router:
         uncached = max(1, ask.tokens - int(credit[chosen] * ask.block_size))
         return Decision(targets[chosen], matched[chosen], uncached, costs[chosen], ask, view, costs, why)
 
-    def _allowed(self, ask: Ask, targets: Sequence[Target], queues: list[float]) -> list[int]:
-        allowed = list(range(len(targets)))
+    def _allowed(self, ask: Ask, targets: Sequence[Target], queues: list[float]) -> Sequence[int]:
+        allowed: Sequence[int] = range(len(targets))
         if ask.pin:
             allowed = [position for position in allowed if targets[position].worker == ask.pin]
         if ask.exclude:
@@ -208,9 +208,10 @@ class Router:
                 credit[position] -= (1 - HOST_CREDIT) * held.host.get(target.slot, 0)
                 credit[position] -= (1 - DISK_CREDIT) * held.disk.get(target.slot, 0)
         predicted = self.predictions.match(ask.hashes, now)
-        if predicted:
-            for position, target in enumerate(targets):
-                more = predicted.get(target, 0) - matched[position]
+        for target, blocks in predicted.items():  # few
+            if target in targets:
+                position = targets.index(target)
+                more = blocks - matched[position]
                 if more > 0:
                     matched[position] += more
                     credit[position] += more

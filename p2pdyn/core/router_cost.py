@@ -52,6 +52,8 @@ class View:
     """Seconds of prefill queued."""
     matched: list[int]
     """Leading blocks held in any tier, or predicted to be."""
+    known: int
+    """The most of these."""
     credit: Sequence[float]
     """The same in blocks, those in slower tiers at their credit."""
     shared: int
@@ -71,7 +73,7 @@ def kv(view: View) -> list[float]:
     """Seconds."""
     tokens, size, blocks, output = view.tokens, view.block_size, view.blocks, view.output
     now = view.now
-    copies = _copies(view.matched, view.shared)
+    copies = _copies(view.matched, view.shared) if min(view.matched) < view.known else {view.known: 0.0}
     costs: list[float] = []
     for target, queue, matched, credit in zip(view.targets, view.queues, view.matched, view.credit, strict=True):
         compute = (left if (left := tokens - credit * size) > 0.0 else 0.0) + copies[matched] * size
