@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pdyn.wire.codec import decode, encode
+from p2pdyn.wire.events import MAX_OPS, KvBatch
 from p2pdyn.wire.kvpack import (
     CLEARED,
     HOST,
@@ -24,6 +26,7 @@ from p2pdyn.wire.kvpack import (
     unpack_ops,
     unpack_replay,
     unpack_snapshot,
+    xor_all,
 )
 from p2pdyn.wire.shape import WireError
 
@@ -145,3 +148,59 @@ def test_the_tiers_of_the_digest_are_rotated() -> None:
     assert [combine([0, one, 0]) for one in (1, 2**63)] == [1 << 21, 1 << 20]
     assert [combine([0, 0, one]) for one in (1, 2**63)] == [1 << 42, 1 << 41]
     assert combine([1, 2, 3]) == 1 ^ 2 << 21 ^ 3 << 42
+
+
+@given(st.lists(U64, max_size=70))
+def test_the_xor_of_many_is_that_of_one_after_the_other(hashes: list[int]) -> None:
+    total = 0
+    for one in hashes:
+        total ^= one
+    assert xor_all(array("Q", hashes)) == total
+
+
+BATCH = KvBatch("é1", 7, 3, 9, b"ops")
+HEAD = b"\x01\x92\x02\xc6"
+BODY = bytes(7) + b"\x07" + bytes(7) + b"\x09\x03\x03" + "é1".encode() + b"ops"
+
+
+def test_a_batch_lies_at_the_places_of_the_page() -> None:
+    data = HEAD + len(BODY).to_bytes(4, "big") + BODY
+
+    assert encode(BATCH) == data
+    assert decode("events", data) == BATCH
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(HEAD, id="no size"),
+        pytest.param(HEAD + bytes(4), id="no head"),
+        pytest.param(HEAD + len(BODY).to_bytes(4, "big") + BODY[:-1], id="shorter than it says"),
+        pytest.param(HEAD + len(BODY).to_bytes(4, "big") + BODY + b"x", id="bytes behind it"),
+        pytest.param(HEAD + b"\0\0\0\x12" + BODY[:17] + b"\x05", id="a worker that is not there"),
+        pytest.param(HEAD + b"\0\0\0\x23" + BODY[:17] + b"\x11" + b"a" * 17, id="a long worker"),
+        pytest.param(HEAD + b"\0\0\0\x13" + BODY[:17] + b"\x01\xff", id="a worker that is not text"),
+        pytest.param(b"\x01\x92\x02\xc4" + bytes([len(BODY)]) + BODY, id="another head for the same bytes"),
+    ],
+)
+def test_an_odd_batch_is_refused(data: bytes) -> None:
+    with pytest.raises(WireError):
+        decode("events", data)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"worker": "a" * 17},
+        {"worker": "\ud800"},
+        {"worker": b"a"},
+        {"epoch": -1},
+        {"seq": 2**64},
+        {"rank": 256},
+        {"ops": bytes(MAX_OPS + 1)},
+        {"ops": "text"},
+    ],
+)
+def test_a_sender_of_an_odd_batch_learns_of_it(wrong: dict[str, object]) -> None:
+    with pytest.raises(WireError):
+        encode(BATCH._replace(**wrong))  # type: ignore[arg-type]
