@@ -39,6 +39,9 @@ TICK_S = 0.25
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 """Before the first, second, ... new link to a worker whose link went down; the last one from there on."""
 
+JOIN_S, JOIN_POLL_S = 2.0, 0.02
+"""A frontend so young may not have heard of the model yet: it asks itself again before it answers 404."""
+
 SETTLE_S = 1.0
 """A worker may not have seen a request sent less than this before its heartbeat."""
 
@@ -63,6 +66,7 @@ class Dispatcher:
         mesh_metrics: Callable[[], list[Metric]],
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._born = self._loop.time()
         self._sockets = sockets
         self._hello = Hello(node, epoch)
         self._eager = eager
@@ -106,9 +110,10 @@ class Dispatcher:
         return None if known is None else self._cards.known(known.served.card)
 
     async def card(self, model: str) -> ModelCard:
-        known = self.catalog.models.get(model)
-        if known is None:
-            raise Rejected(Failure(404, "model_not_found", self._unknown(model)))
+        while (known := self.catalog.models.get(model)) is None:
+            if self._loop.time() - self._born > JOIN_S:
+                raise Rejected(Failure(404, "model_not_found", self._unknown(model)))
+            await asyncio.sleep(JOIN_POLL_S)
         self._want(model)
         try:
             return await self._cards.get(model, known.served.card)

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
 from p2pdyn.core.served import Served
@@ -22,6 +23,9 @@ from p2pdyn.wire.codec import WireError, decode, decode_params, encode, encode_l
 from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
 from p2pdyn.wire.requests import CHUNK, Cancel, Chunk, Fetch, Generate, Heartbeat, Hello, Refused, Welcome
 from p2pdyn.wire.schema import REQUESTS
+
+if TYPE_CHECKING:
+    from p2pdyn.net.engine_events import EngineEvents
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +47,14 @@ class WorkerService:
         self, sockets: Sockets, node: NodeId, epoch: int, requests: Sequence[Address], events: Sequence[Address]
     ):
         self._loop = asyncio.get_running_loop()
+        self._sockets = sockets
         self._node = node
         self._epoch = epoch
         self._served: Served | None = None
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
         self.kv: KvSource | None = None
+        self._engine_events: EngineEvents | None = None
         self._speed = SpeedMeter()
         self._admitted: list[base.Sequence] = []
         self._aborted: list[int] = []
@@ -83,6 +89,15 @@ class WorkerService:
             self.kv.flush()
         if info.kv_events:
             self.kv = KvSource(self._node, self._epoch, info.block_size, info.ranks, self._publish)
+            if info.publishers:
+                self._follow(self.kv, info)
+
+    def _follow(self, source: KvSource, info: base.EngineInfo) -> None:
+        """The engine tells what it caches on sockets of its own."""
+        from p2pdyn.net.engine_events import EngineEvents, Publisher  # few engines do
+
+        publishers = [Publisher(*places, rank=rank) for rank, places in enumerate(info.publishers)]
+        self._engine_events = EngineEvents(self._sockets, publishers, info.block_size, source.take)
 
     def set_epoch(self, epoch: int) -> None:
         """Membership has raised this node's epoch above that of another life of its id. Frontends take that for a
@@ -127,6 +142,8 @@ class WorkerService:
                 timer.cancel()
         if self.kv is not None:
             self.kv.flush()
+        if self._engine_events is not None:
+            self._engine_events.close()
         self._router.close()
         self._events.close()
 

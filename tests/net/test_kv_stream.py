@@ -8,8 +8,11 @@ import random
 from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from support.engine_publisher import EnginePublisher
 
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.kvstream import DIGEST_S, EXACT, REPLAY, SNAPSHOT, STALE_S
@@ -40,6 +43,7 @@ class Bench:
             "sim", None, "m", ("--speedup", "0", *args), offline=True, data_dir=tmp,
             on_step=self.service.on_step, on_death=self.service.engine_died,
         )  # fmt: skip
+        self.info: EngineInfo
         self.keys = itertools.count(1)
         self.links: list[WorkerLink] = []
         self.feeds: list[KvFeed] = []
@@ -103,8 +107,8 @@ async def bench(tmp: Path, *args: str) -> AsyncIterator[Bench]:
 
     ticking = asyncio.create_task(ticks())
     try:
-        info = await made.runner.start(lambda fraction, what: None)
-        made.service.serve(made.runner, info, ["m"], "card")
+        made.info = await made.runner.start(lambda fraction, what: None)
+        made.service.serve(made.runner, made.info, ["m"], "card")
         yield made
     finally:
         ticking.cancel()
@@ -270,5 +274,24 @@ def test_blocks_of_a_lost_worker_are_found_no_more(tmp_path: Path) -> None:
             while not feed.index.sweep():
                 pass
             assert len(feed.index) == 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_an_engine_with_publishers_of_its_own_is_followed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with bench(tmp_path) as made:
+            publisher = EnginePublisher()
+            try:
+                told = replace(made.info, block_size=4, publishers=((publisher.endpoint, publisher.replay, "kv"),))
+                made.service.serve(made.runner, told, ["m"], "card")
+                feed = made.follow()
+                for block in range(1, 40):
+                    publisher.store(block, parent=block - 1 if block > 1 else None, lost=block % 7 == 0)
+                publisher.remove(39)
+                publisher.store(50)
+                await until(lambda: made.right(feed) and len(made.truth) == 39, "what the engine holds is known")
+            finally:
+                publisher.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
