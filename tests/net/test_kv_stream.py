@@ -17,7 +17,7 @@ from support.engine_publisher import EnginePublisher
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.kvstream import DIGEST_S, EXACT, REPLAY, SNAPSHOT, STALE_S
 from p2pdyn.core.types import Address, NodeId, SamplingParams
-from p2pdyn.engines.base import BlocksRemoved, BlocksStored, Sequence, Step
+from p2pdyn.engines.base import BlocksRemoved, BlocksStored, EngineInfo, Sequence, Step
 from p2pdyn.engines.runner import Runner, make_runner
 from p2pdyn.net.curve import Security, write_key_file
 from p2pdyn.net.kv_feed import KvFeed
@@ -164,7 +164,7 @@ def test_fast_steps_share_a_batch_and_the_first_after_a_pause_does_not_wait(tmp_
                 if block % 10 == 0:
                     await asyncio.sleep(0.001)
             await until(lambda: len(made.believed(feed)) == 100, "all told")
-            assert all(later - earlier >= 0.9 * BATCH_S for earlier, later in itertools.pairwise(sent))
+            assert len(sent) <= 2 + (sent[-1] - sent[0]) / BATCH_S  # a digest on its way sends what waits early, once
             await asyncio.sleep(BATCH_S)
             before = len(sent)
             made.service.on_step(Step(kv=[BlocksRemoved((1,))]))
