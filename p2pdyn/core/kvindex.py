@@ -8,12 +8,11 @@ is given to another only afterwards.
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import accumulate, groupby, islice, repeat
-from operator import and_, invert, neg, or_, xor
+from itertools import accumulate, count, groupby, islice, repeat
+from operator import and_, invert, or_, xor
 
 from p2pdyn.wire.kvpack import DEVICE, HOST, TIERS, xor_all
 
@@ -230,6 +229,7 @@ class KvIndex:
     def match(self, hashes: list[int], candidates: int) -> Match:
         """How many leading blocks of a prompt (its sequence hashes) each target in the bit set ``candidates`` holds."""
         found = Match()
+        blocks = found.blocks
         standing = candidates & self.live
         tiers = [tier for tier in (*self._tiers, *self._late) if tier]
         many = len(tiers) > 1 or not self._tiers[DEVICE]
@@ -241,18 +241,22 @@ class KvIndex:
             for tier in tiers[1:]:
                 held = map(or_, held, map(tier.get, part, repeat(0)))
             masks = list(accumulate(held, and_, initial=standing))
-            lost = 0
-            while standing != masks[-1]:  # a subset is a smaller number, so that the next change is found by bisection
-                lost = bisect_right(masks, -standing, lost, key=neg)
-                if at + lost > 1:
-                    found.blocks.update(dict.fromkeys(_slots_of(standing ^ masks[lost]), at + lost - 1))
-                standing = masks[lost]
+            if masks[-1] != standing:  # in order, each set that stood, and the last depth at which it did
+                lasts = iter(dict(zip(masks, count(at))).items())
+                standing, depth = next(lasts)
+                for left, last in lasts:
+                    lost = standing ^ left
+                    while depth and lost:
+                        low = lost & -lost
+                        blocks[low.bit_length() - 1] = depth
+                        lost ^= low
+                    standing, depth = left, last
             if many:
                 course += masks[1:]
             at += len(part)
             step *= 2
         if tiers and at:
-            found.blocks.update(dict.fromkeys(_slots_of(standing), at))
+            blocks.update(dict.fromkeys(_slots_of(standing), at))
         if many:
             self._slower(hashes, course, found)
         return found

@@ -91,10 +91,10 @@ def _copies(matched: list[int], shared: int) -> dict[int, float]:
     runs = sorted(matched, reverse=True)
     longest = runs[0]
     weights = {longest: 0.0}
-    weight, last = 0.0, longest
+    weight, last, extra = 0.0, longest, MISS_WEIGHT - 1.0
     for holders, run in enumerate(runs):
         if run < last:
-            weight += (last - run) * (MISS_WEIGHT - 1.0) / max(holders, shared)
+            weight += (last - run) * extra / (holders if holders > shared else shared)
             weights[run] = weight
             last = run
     return weights
