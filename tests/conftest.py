@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,10 @@ import psutil
 import pytest
 
 GRACE_S = 3.0
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a shell: the processes of tests would inherit it, and Ctrl-C not end them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _left_behind(before: tuple[set[int], set[int], Counter[str]]) -> list[str]:

@@ -24,6 +24,9 @@ from p2pdyn.core.router_target import Target
 
 MISS_WEIGHT = 6.0
 """Of a block that one other target holds for one conversation."""
+MIN_HIT_TOKENS = 64
+"""A hit shorter than that is the chat template's first words, which all prompts share: going after it would keep short
+prompts away from a worker that has just come."""
 DECODE_WEIGHT = 1.0
 """A second of decode is a second of waiting; small by itself where prefill is the bottleneck."""
 REQUEST_S = 0.001
@@ -72,10 +75,13 @@ Scorer = Callable[[View], list[float]]
 def kv(view: View) -> list[float]:
     """Seconds."""
     tokens, size, blocks, output = view.tokens, view.block_size, view.blocks, view.output
-    now = view.now
-    copies = _copies(view.matched, view.shared) if min(view.matched) < view.known else {view.known: 0.0}
+    now, matches, credits = view.now, view.matched, view.credit
+    if view.known * size < MIN_HIT_TOKENS:
+        matches, credits, copies = [0] * len(matches), [0.0] * len(matches), {0: 0.0}
+    else:
+        copies = _copies(matches, view.shared) if min(matches) < view.known else {view.known: 0.0}
     costs: list[float] = []
-    for target, queue, matched, credit in zip(view.targets, view.queues, view.matched, view.credit, strict=True):
+    for target, queue, matched, credit in zip(view.targets, view.queues, matches, credits, strict=True):
         compute = (left if (left := tokens - credit * size) > 0.0 else 0.0) + copies[matched] * size
         cost = queue + compute / target.tps + REQUEST_S * target.requests
         if target.itl_per_block_s:

@@ -72,6 +72,16 @@ def test_cost_is_the_queue_and_what_is_not_cached_in_seconds() -> None:
     assert (number(decision), decision.matched, decision.uncached) == (0, 90, 160)
 
 
+def test_a_hit_no_longer_than_a_templates_first_words_draws_nobody() -> None:
+    fleet = Fleet(2)
+    fleet.holds(0, 3)
+    short = fleet.ask()
+    assert short.costs[0] == short.costs[1]
+    assert short.view.matched == [3, 0]
+    fleet.holds(0, 4)
+    assert fleet.ask().costs[0] < fleet.ask().costs[1]
+
+
 def test_a_prefix_that_many_prompts_share_may_be_copied() -> None:
     fleet = Fleet(2)
     fleet.holds(0, 50)
