@@ -13,14 +13,13 @@ is computed from the tokens in the event and the id only remembered.  Rules:
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 
 from p2pdyn.core.kvhash import block_hashes, chain, root_seed
 from p2pdyn.engines.base import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
-from p2pdyn.wire.kvpack import CLEARED, REMOVED, STORED, TIERS, Op
+from p2pdyn.wire.kvpack import CLEARED, REMOVED, STORED, TIERS, Op, little
 
 MAX_IDS = 2**22
 """Ids known at once; more are left out like orphans."""
@@ -119,15 +118,13 @@ class KvBlocks:
         if len(event.tokens) != len(event.hashes) * self._block_size:
             return None
         try:
-            tokens = array("I", event.tokens)
+            tokens = little(array("I", event.tokens)).tobytes()
         except (OverflowError, TypeError):
             return None
-        if sys.byteorder == "big":
-            tokens.byteswap()
         if event.parent is None:
-            return chain(None, block_hashes(tokens.tobytes(), self._block_size, root_seed(event.lora, event.salt)))
+            return chain(None, block_hashes(tokens, self._block_size, root_seed(event.lora, event.salt)))
         parent = self._name_of(event.parent)
-        return None if parent is None else chain(parent, block_hashes(tokens.tobytes(), self._block_size))
+        return None if parent is None else chain(parent, block_hashes(tokens, self._block_size))
 
     def _remove(self, blocks: Iterable[int], tier: int) -> list[int]:
         """Take one copy of each of ``blocks``; the hashes of which that was the last."""

@@ -6,7 +6,6 @@ known of its load is not forgotten when it is back.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from p2pdyn.core.request import Failure, Job
 from p2pdyn.core.router import Ask, Decision, Router
 from p2pdyn.core.router_target import Target
 from p2pdyn.core.types import Load, NodeId
+from p2pdyn.wire.kvpack import little
 
 HASHING = ("kv", "kv-dynamo")
 """Policies that look at the prompt; the others are spared its hashes."""
@@ -104,7 +104,7 @@ class Routes:
         return known is not None and bool(known.targets)
 
     def targets(self) -> list[Target]:
-        """All of them, for metrics."""
+        """All of them, for checks."""
         return list(self._targets.values())
 
     # Decisions.
@@ -136,7 +136,9 @@ class Routes:
         hashes: list[int] = []
         if self._hashing:
             params = job.params
-            hashes = sequence_hashes(_little(tokens), model.block_size, root_seed(params.lora, params.cache_salt))
+            hashes = sequence_hashes(
+                little(tokens).tobytes(), model.block_size, root_seed(params.lora, params.cache_salt)
+            )
         return Ask(len(tokens), hashes, model.block_size, job.pin, job.session, exclude), model.targets
 
     # The queue before saturated targets.
@@ -195,10 +197,3 @@ class Routes:
 
     def _forget(self, key: Key) -> None:
         self.router.predictions.forget(self._targets.pop(key))
-
-
-def _little(tokens: array[int]) -> bytes:
-    if sys.byteorder == "big":
-        tokens = array("I", tokens)
-        tokens.byteswap()
-    return tokens.tobytes()

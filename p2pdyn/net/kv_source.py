@@ -45,8 +45,6 @@ class KvSource:
         """The seq of each rank's last digest."""
         self._next_digest = 0.0
         self._cuts: dict[Key, tuple[float, bytes]] = {}
-        self.bytes = 0
-        """Published in all: batches and digests."""
 
     def take(self, rank: int, events: Iterable[KvEvent]) -> None:
         """What one engine step changed."""
@@ -70,9 +68,7 @@ class KvSource:
             batches = journal.take(events)
             events.clear()
             for batch in batches:
-                data = encode(batch)
-                self.bytes += len(data)
-                self._publish(TOPIC_KV, data)
+                self._publish(TOPIC_KV, encode(batch))
 
     def idle(self) -> None:
         """The engine has run out of work: nothing more will show that the last batch was lost, but a digest."""
@@ -139,9 +135,7 @@ class KvSource:
 
     def _digest(self, journal: KvJournal) -> None:
         self._digested[journal.rank] = journal.seq
-        data = encode(journal.digest())
-        self.bytes += len(data)
-        self._publish(TOPIC_DIGEST, data)
+        self._publish(TOPIC_DIGEST, encode(journal.digest()))
 
 
 def hex_blocks(held: Iterable[tuple[int, int]]) -> dict[str, str]:

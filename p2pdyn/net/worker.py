@@ -334,6 +334,7 @@ class WorkerService:
             self._load_timer.cancel()
             self._load_timer = None
         load, speed = self.load, self._speed
+        backlog = speed.backlog
         self._was_busy = self.open > 0
         self._event_seq += 1
         event = LoadEvent(
@@ -346,7 +347,7 @@ class WorkerService:
             load.kv_used,
             load.kv_total,
             # The engine knows what it has computed, the routers what is cached: both are upper bounds.
-            min(load.prefill_tokens_queued or speed.backlog, speed.backlog),
+            min(load.prefill_tokens_queued or backlog, backlog),
             speed.prefill_tps or load.prefill_tps,
             speed.itl_ms(load.active_blocks) or load.itl_ms,
             speed.itl_per_block_ms or load.itl_per_block_ms,

@@ -61,7 +61,7 @@ def pack_ops(ops: Iterable[Op]) -> bytes:
     parts = []
     for kind, tier, hashes in ops:
         parts.append(_OP.pack(kind << 4 | tier, len(hashes)))
-        parts.append(_little(hashes).tobytes())
+        parts.append(little(hashes).tobytes())
     return b"".join(parts)
 
 
@@ -83,7 +83,7 @@ def unpack_ops(data: bytes) -> list[Op]:
         if len(ops) == MAX_RUNS:
             raise WireError(f"KV ops: more than {MAX_RUNS}")
         hashes = array("Q", data[start:at])
-        ops.append(Op(kind, tier, _little(hashes) if _SWAP else hashes))
+        ops.append(Op(kind, tier, little(hashes) if _SWAP else hashes))
     return ops
 
 
@@ -154,9 +154,9 @@ def _rotate(value: int, bits: int) -> int:
     return (value << bits | value >> (64 - bits)) & (2**64 - 1)
 
 
-def _little(hashes: array[int]) -> array[int]:
+def little(numbers: array[int]) -> array[int]:
     """Native order to little-endian or back: itself, except on a big-endian host."""
     if _SWAP:
-        hashes = hashes[:]
-        hashes.byteswap()
-    return hashes
+        numbers = numbers[:]
+        numbers.byteswap()
+    return numbers
