@@ -44,6 +44,13 @@ class Sequence:
     params: SamplingParams
     traceparent: str = ""
     rank: int = 0
+    hand_over: bool = False
+    """Prefill only: compute all of ``tokens``, keep their KV blocks, tell them as :class:`Held`, produce no token."""
+    pull: int = 0
+    """So many leading full blocks are expected from another worker: the engine reserves those that its own cache lacks,
+    tells them as :class:`Reserved`, and goes on with the sequence at :class:`Settle`. 0: nothing is expected."""
+    remote: bytes = b""
+    """For an engine that moves KV by itself (``EngineInfo.moves_kv``): what the other's :attr:`Held.params` said."""
 
 
 @dataclass(slots=True)
@@ -91,12 +98,76 @@ class BlocksCleared:
 KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 
+# Between the engine and the peer's transfer (docs/design/kv-transfer.md). Blocks are the engine's own numbers, keys
+# the 16 bytes that name a block and all before it (:func:`p2pdyn.engines.paged.next_key`).
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """These full blocks stay as they are until :class:`Release` of ``key``: of a sequence with ``hand_over``, whose prompt
+    is computed, or of a :class:`Pin`, as long a prefix as is cached (it may be none). ``generations`` say which use of
+    a block this is. An engine that moves KV by itself tells only ``params``: opaque bytes for the other's
+    :attr:`Sequence.remote`. ``cached`` counts prompt tokens from the prefix cache."""
+
+    key: int
+    blocks: tuple[int, ...] = ()
+    generations: tuple[int, ...] = ()
+    keys: tuple[bytes, ...] = ()
+    cached: int = 0
+    params: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """A sequence with ``pull`` has its blocks; these are empty and belong to whoever fills them until :class:`Settle`,
+    also if the sequence is aborted meanwhile. ``first`` is the index in the sequence of the first of them; none at all
+    if everything was cached here, and then no Settle follows."""
+
+    key: int
+    first: int
+    blocks: tuple[int, ...]
+    keys: tuple[bytes, ...]
+
+
+TransferNote = Held | Reserved
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Keep the longest cached prefix of the blocks named by ``keys``, and tell it as :class:`Held`."""
+
+    key: int
+    keys: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Nobody reads the blocks of this :class:`Held`, or writes those of a Settle that was not ``over``, any more."""
+
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """The first ``filled`` blocks of a :class:`Reserved` are there and proven; the sequence goes on and computes the
+    rest. ``over`` False: something may still write into the blocks, so they stay out of use until :class:`Release`, and
+    the sequence needs others (``filled`` is 0 then)."""
+
+    key: int
+    filled: int
+    over: bool = True
+
+
+TransferOrder = Pin | Release | Settle
+
+
 @dataclass(slots=True)
 class Step:
     """Everything one engine step produced."""
 
     outputs: list[Output] = field(default_factory=list)
     kv: list[KvEvent] = field(default_factory=list)
+    transfers: list[TransferNote] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +192,10 @@ class EngineInfo:
     ranks: int = 1
     kv_events: bool = True
     publishers: tuple[tuple[str, str, str], ...] = ()
+    block_bytes: int = 0
+    """Of one KV block in the memory that :class:`p2pdyn.engines.runner.Runner` shows; 0: the engine shows none."""
+    moves_kv: str = ""
+    """The engine moves KV blocks between workers by itself, with this library (vLLM's connector: nixl)."""
 
 
 class Engine(Protocol):
@@ -133,7 +208,11 @@ class Engine(Protocol):
         """Queue a sequence. One that can never run (longer than the context) ends with finish "error"."""
 
     def abort(self, key: int, now: float) -> None:
-        """Stop a sequence at once; it produces nothing more. Unknown keys are ignored."""
+        """Stop a sequence at once; it produces nothing more. Unknown keys are ignored. What is told as Held stays held,
+        what is told as Reserved stays reserved."""
+
+    def transfer(self, order: TransferOrder, now: float) -> None:
+        """Carry out an order of the peer's transfer. Unknown keys are ignored."""
 
     def next_step(self, now: float) -> float | None:
         """When :meth:`step` is due (``<= now``: at once), or None while idle."""

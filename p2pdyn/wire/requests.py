@@ -19,6 +19,12 @@ CHUNK = 256 * 1024
 MAX_STEP_TOKENS = 65535
 """Of one request in one message: a u16."""
 MAX_OPEN = 65536
+MAX_REMOTE = 1 << 20
+"""Bytes of an engine's own transfer parameters: block numbers and addresses."""
+MAX_BLOCKS = 1 << 18
+"""KV blocks of one transfer: 4 Mi tokens in blocks of 16."""
+KEY = 16
+"""Bytes of a block's key."""
 
 
 @message(REQUESTS, 1)
@@ -54,6 +60,11 @@ class Generate:
     may be sent together, a few times a second.  ``traceparent`` is the client's (W3C Trace Context), or empty.
     ``rank`` is the worker's data-parallel rank that it was routed to.  ``uncached`` is the router's estimate of the
     tokens that the worker will have to compute, 0 if it has none: what the worker reports of its queue adds these up.
+
+    Prefill/decode and prefix pulls (docs/design/kv-transfer.md): ``hand_over`` asks for the prompt only, its blocks
+    held and told as :class:`Prefilled`.  ``pull`` says how many leading blocks worker ``source`` of ``source_epoch``
+    has for it, under ``lease``, or with lease 0 in its prefix cache; ``remote`` is what an engine that moves KV by
+    itself said of them.
     """
 
     rid: U64
@@ -67,6 +78,12 @@ class Generate:
     traceparent: Annotated[str, Cap(64)] = ""
     rank: U8 = 0
     uncached: U32 = 0
+    hand_over: bool = False
+    source: IdStr = ""
+    source_epoch: U64 = 0
+    lease: U64 = 0
+    pull: U32 = 0
+    remote: Annotated[bytes, Cap(MAX_REMOTE)] = b""
 
 
 @message(REQUESTS, 4)
@@ -154,6 +171,94 @@ class Chunk:
     offset: U64
     total: I64
     data: Annotated[bytes, Cap(CHUNK)]
+
+
+# Transfers: a borrower's DEALER to the owner's ROUTER (docs/design/kv-transfer.md). ``epoch`` is the owner's in each.
+
+
+@message(REQUESTS, 10)
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """Answer to a generate with ``hand_over``: the prompt's first ``blocks`` full blocks are held under ``lease`` (0: they
+    could not be, whoever goes on computes) for LEASE_S from now. ``cached`` counts prompt tokens that were cached."""
+
+    rid: U64
+    attempt: U8
+    epoch: U64
+    lease: U64
+    blocks: U32
+    cached: U32 = 0
+    remote: Annotated[bytes, Cap(MAX_REMOTE)] = b""
+
+
+@message(REQUESTS, 11)
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Which blocks hold ``keys`` (:data:`KEY` bytes each)? With a prefill's ``lease``, or 0: hold what is cached."""
+
+    ticket: U32
+    lease: U64
+    epoch: U64
+    keys: Annotated[bytes, Cap(KEY * MAX_BLOCKS)]
+
+
+@message(REQUESTS, 12)
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Answer to a Claim: blocks and their generations (little-endian u32 each) of a prefix of the keys, held under
+    ``lease``; none of either: refused, for ``reason``."""
+
+    ticket: U32
+    lease: U64
+    blocks: Annotated[bytes, Cap(4 * MAX_BLOCKS)]
+    generations: Annotated[bytes, Cap(4 * MAX_BLOCKS)]
+    reason: Sentence = ""
+
+
+@message(REQUESTS, 13)
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """The borrower lives and still wants ``lease``."""
+
+    lease: U64
+    epoch: U64
+
+
+@message(REQUESTS, 14)
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """Answer to a Renew; not ``held``: the lease has ended."""
+
+    lease: U64
+    held: bool
+
+
+@message(REQUESTS, 15)
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The read is over: was ``lease`` held throughout? Ends it."""
+
+    ticket: U32
+    lease: U64
+    epoch: U64
+
+
+@message(REQUESTS, 16)
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Answer to a Commit."""
+
+    ticket: U32
+    held: bool
+
+
+@message(REQUESTS, 17)
+@dataclass(frozen=True, slots=True)
+class Return:
+    """The borrower gives ``lease`` up, and none of its reads is under way any more."""
+
+    lease: U64
+    epoch: U64
 
 
 _DEFAULTS = [(name, getattr(SamplingParams(), name)) for name in SamplingParams.__slots__]
