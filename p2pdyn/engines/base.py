@@ -104,9 +104,9 @@ KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """These full blocks stay as they are until :class:`Release` of ``key``: of a sequence with ``hand_over``, whose prompt
-    is computed, or of a :class:`Pin`, as long a prefix as is cached (it may be none). ``generations`` say which use of
-    a block this is. An engine that moves KV by itself tells only ``params``: opaque bytes for the other's
+    """These full blocks stay as they are until :class:`Release` of ``key``: those of a sequence with ``hand_over`` once
+    its prompt is computed; of a :class:`Pin`, as long a prefix as is cached, maybe none. ``generations`` say which use
+    of a block this is. An engine that moves KV by itself tells only ``params``: opaque bytes for the other's
     :attr:`Sequence.remote`. ``cached`` counts prompt tokens from the prefix cache."""
 
     key: int

@@ -179,8 +179,8 @@ class Chunk:
 @message(REQUESTS, 10)
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """Answer to a generate with ``hand_over``: the prompt's first ``blocks`` full blocks are held under ``lease`` (0: they
-    could not be, whoever goes on computes) for LEASE_S from now. ``cached`` counts prompt tokens that were cached."""
+    """Answer to a generate with ``hand_over``: the prompt's first ``blocks`` full blocks are held under ``lease`` (0:
+    they could not be, whoever goes on computes) for LEASE_S from now. ``cached`` counts prompt tokens found cached."""
 
     rid: U64
     attempt: U8
