@@ -1,4 +1,4 @@
-"""The frontend's end of one worker's links: one DEALER for requests, one SUB for load and KV events.
+"""The asking end of one worker's links: a DEALER for requests, and at a frontend a SUB for load and KV events.
 
 A link is *up* from the worker's Welcome, which proves identity and epoch, to the first sign of trouble; it is never
 reused after that, because a DEALER would deliver what it has queued for the dead worker to its successor.
@@ -16,7 +16,19 @@ from p2pdyn.net.link import Link
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.wire.codec import WireError, decode, encode
 from p2pdyn.wire.events import TOPIC_DIGEST, TOPIC_KV, TOPIC_LOAD, KvBatch, KvDigest, LoadEvent
-from p2pdyn.wire.requests import Chunk, Fetch, Heartbeat, Hello, Refused, Tokens, Welcome
+from p2pdyn.wire.requests import (
+    Chunk,
+    Committed,
+    Fetch,
+    Granted,
+    Heartbeat,
+    Hello,
+    Prefilled,
+    Refused,
+    Renewed,
+    Tokens,
+    Welcome,
+)
 from p2pdyn.wire.schema import EVENTS, REQUESTS
 
 log = logging.getLogger(__name__)
@@ -26,6 +38,9 @@ IDLE_SILENCE_S = 3.5
 
 FETCH_S = 5.0
 """For one chunk of a bulk transfer."""
+
+ANSWERS = frozenset((Tokens, Heartbeat, Refused, Prefilled, Granted, Renewed, Committed))
+"""What ``on_message`` hears of; the link itself takes the others."""
 
 
 class WorkerLink:
@@ -38,13 +53,13 @@ class WorkerLink:
         worker: NodeId,
         epoch: int,
         requests: Address,
-        events: Address,
+        events: Address | None,
         *,
         on_up: Callable[[WorkerLink], None],
         on_down: Callable[[WorkerLink, str], None],
         on_message: Callable[[WorkerLink, object], None],
-        on_load: Callable[[NodeId, int, Load], None],
-        batch_done: Callable[[], None],
+        on_load: Callable[[NodeId, int, Load], None] | None = None,
+        batch_done: Callable[[], None] | None = None,
         on_kv: Callable[[NodeId, KvBatch | KvDigest], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -64,7 +79,9 @@ class WorkerLink:
         self._load_seq = 0
         self.malformed = 0
         topics = (TOPIC_LOAD,) if on_kv is None else (TOPIC_LOAD, TOPIC_KV, TOPIC_DIGEST)
-        self._events: Link = sockets.sub(events, self._receive_event, topics, max_size=EVENT_MAX)
+        self._events: Link | None = None
+        if events is not None:
+            self._events = sockets.sub(events, self._receive_event, topics, max_size=EVENT_MAX)
         self._requests: Link = sockets.dealer(
             requests,
             self._receive,
@@ -83,7 +100,8 @@ class WorkerLink:
         self._closed = True
         self.up = False
         self._requests.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
         for future in self._fetches.values():
             future.cancel()
 
@@ -150,7 +168,7 @@ class WorkerLink:
             return
         self.heard = self._loop.time()
         kind = type(message)
-        if kind is Tokens or kind is Heartbeat or kind is Refused:
+        if kind in ANSWERS:
             self._on_message(self, message)
         elif kind is Welcome:
             self._welcome(message)  # type: ignore[arg-type]
@@ -184,7 +202,8 @@ class WorkerLink:
             return
         if isinstance(event, LoadEvent) and event.epoch == self.epoch and event.seq > self._load_seq:
             self._load_seq = event.seq
-            self._on_load(self.worker, event.rank, _load(event))
+            if self._on_load is not None:
+                self._on_load(self.worker, event.rank, _load(event))
 
 
 def _load(event: LoadEvent) -> Load:
