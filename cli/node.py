@@ -14,7 +14,7 @@ from p2pdyn.cli.errors import FAILED, USAGE, Failure
 from p2pdyn.cli.log import set_up_logging
 from p2pdyn.config import Config, ConfigError, ReadyInfo, StartError, load
 from p2pdyn.core.types import ROLES
-from p2pdyn.settings import ENGINES, LOG_LEVELS, ROUTERS
+from p2pdyn.settings import ENGINES, LOG_LEVELS, ROUTERS, TRANSFERS
 
 EXAMPLES = """\b
 Examples:
@@ -77,6 +77,11 @@ OPTIONS: list[Callable[[Any], Any]] = [
     click.option("--data-dir", metavar="DIR", help="Where the node's id lives.  [~/.local/share/p2pdyn/NAME or node]"),
     click.option("--name", metavar="NAME", help="What to call this node.  [the host's name]"),
     click.option("--router", metavar=choice(ROUTERS), help=f"How requests find their worker.  [{ROUTERS[0]}]"),
+    click.option(
+        "--kv-transfer",
+        metavar=choice(TRANSFERS),
+        help="What moves KV blocks between workers; auto: nixl where it is installed, else tcp.  [auto]",
+    ),
     click.option("--config", metavar="FILE.toml", help="Settings from a file, named as these options."),
     click.option("--workers", metavar="N", help="Run N workers under this node and restart those that end."),
     click.option("--gpus-per-worker", metavar="K", help="GPUs for each worker.  [1 for engines that need one]"),

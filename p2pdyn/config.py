@@ -33,7 +33,18 @@ PORTS_PER_NODE = 4
 EXCLUSIVE = (("http", "no_http"), ("cluster_key", "insecure"), ("mdns", "no_mdns"))
 
 AS_GIVEN = (
-    *("model", "served_model_name", "engine_args", "offline", "router", "log_level", "port", "seeds", "seeds_file"),
+    *(
+        "model",
+        "served_model_name",
+        "engine_args",
+        "offline",
+        "router",
+        "kv_transfer",
+        "log_level",
+        "port",
+        "seeds",
+        "seeds_file",
+    ),
     *("cluster", "cluster_key", "insecure", "api_key_file", "tls_cert", "tls_key"),
 )
 """Settings whose default depends on nothing else."""
@@ -87,6 +98,7 @@ class Config:
     cluster_key: Path | None = None
     insecure: bool = False
     router: str = DEFAULT_POLICY
+    kv_transfer: str = "auto"
     workers: tuple[WorkerConfig, ...] = ()
     api_key_file: Path | None = None
     tls_cert: Path | None = None

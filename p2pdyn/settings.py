@@ -17,6 +17,7 @@ ENGINES = ("builtin", "sim", "vllm", "sglang", "trtllm", "none")
 GPU_ENGINES = ("vllm", "sglang", "trtllm")
 ROUTERS = tuple(POLICIES)
 
+TRANSFERS = ("auto", "nixl", "tcp", "off")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MAX_WORKERS = 64
 MAX_GPUS = 64
@@ -219,6 +220,7 @@ SETTINGS: dict[str, Parser] = {
     "data_dir": _path,
     "name": _name,
     "router": _choice(ROUTERS),
+    "kv_transfer": _choice(TRANSFERS),
     "workers": _workers,
     "gpus_per_worker": _whole(0, MAX_GPUS),
     "api_key_file": _file,

@@ -255,6 +255,7 @@ def arguments(config: Config, i: int, mesh: str, parent: int) -> list[str]:
         "cluster-key": config.cluster_key,
         "data-dir": config.data_dir / f"w{i + 1}",
         "name": worker.name,
+        "kv-transfer": config.kv_transfer,
         "log-level": config.log_level,
         "supervised-by": parent,
     }

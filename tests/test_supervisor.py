@@ -29,7 +29,7 @@ def test_a_worker_is_told_everything_on_its_command_line(tmp_path: Path) -> None
     assert arguments(config, 1, "10.0.0.1:9000", 42) == [
         *("node", "--no-http", "--no-mdns", "--insecure", "--offline", "--engine=sim", "--role=aggregated"),
         *("--port=9020", "--seed=10.0.0.1:9000", "--cluster=default", "--data-dir=/d/w2", "--name=n-w2"),
-        *("--log-level=info", "--supervised-by=42", "--", "--itl-ms", "5"),
+        *("--kv-transfer=auto", "--log-level=info", "--supervised-by=42", "--", "--itl-ms", "5"),
     ]
 
 
