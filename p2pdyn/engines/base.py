@@ -23,13 +23,20 @@ Progress = Callable[[float, str], None]
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """What an engine is made from. ``model`` is a folder, a file or a name, as ``--model`` says; ``args`` are the
-    command line's arguments after ``--``; ``data_dir`` is the peer's own folder."""
+    command line's arguments after ``--``; ``data_dir`` is the peer's own folder. ``node``, ``epoch`` and ``role`` are
+    the peer's; ``host`` is the address that other peers reach this host by, and ``side_port`` the port there (0: a
+    free one) for an engine that exchanges its transfers' metadata on a socket of its own."""
 
     model: str | None = None
     served_name: str | None = None
     args: tuple[str, ...] = ()
     offline: bool = False
     data_dir: Path = Path()
+    node: str = ""
+    epoch: int = 0
+    role: str = "aggregated"
+    host: str = "127.0.0.1"
+    side_port: int = 0
 
 
 @dataclass(slots=True)

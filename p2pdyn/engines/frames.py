@@ -14,6 +14,7 @@ import struct
 from array import array
 from collections.abc import Container, Iterator
 from dataclasses import astuple, fields, replace
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -103,7 +104,18 @@ def pack_options(name: str, module: str, options: EngineOptions, parent: int) ->
         list(options.args),
         options.offline,
         str(options.data_dir),
+        options.node,
+        options.epoch,
+        options.role,
+        options.host,
+        options.side_port,
     ]
+
+
+def unpack_options(content: list[Any]) -> tuple[str, str, int, EngineOptions]:
+    """(name, module, the peer's process id, options)."""
+    name, module, parent, model, served_name, args, offline, data_dir, *peer = content
+    return name, module, parent, EngineOptions(model, served_name, tuple(args), offline, Path(data_dir), *peer)
 
 
 def pack_sequence(sequence: Sequence) -> list[Any]:

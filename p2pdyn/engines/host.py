@@ -16,7 +16,6 @@ import socket
 import sys
 import time
 import traceback
-from pathlib import Path
 from typing import Any
 
 from p2pdyn.engines import registry
@@ -30,6 +29,7 @@ from p2pdyn.engines.frames import (
     pack_info,
     pack_load,
     pack_step,
+    unpack_options,
     unpack_sequence,
 )
 
@@ -50,6 +50,10 @@ class Inbox:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
         self._frames = FrameBuffer()
+
+    def watch(self, descriptor: int) -> None:
+        """Have :meth:`take` return when this is readable, too; whose it is empties it."""
+        self._poll.register(descriptor, select.POLLIN)
 
     def take(self, wait: float | None) -> list[Any]:
         """Wait up to ``wait`` seconds (None: for ever) for input, then take all frames there are. Raises PeerGone."""
@@ -75,9 +79,9 @@ def main() -> None:
     sock.setblocking(True)
     inbox = Inbox(sock)
     try:
-        (name, module, parent, model, served_name, args, offline, data_dir), *work = inbox.take(None)
+        first, *work = inbox.take(None)
+        name, module, parent, options = unpack_options(first)
         die_with(parent)
-        options = EngineOptions(model, served_name, tuple(args), offline, Path(data_dir))
         run(name, module, options, sock, inbox, work)
     except (PeerGone, BrokenPipeError, ConnectionResetError):
         pass
@@ -131,8 +135,12 @@ def run(name: str, module: str, options: EngineOptions, sock: socket.socket, inb
 
 
 def serve(engine: Engine, sock: socket.socket, inbox: Inbox, work: list[Any]) -> None:
-    """Run steps until PeerGone."""
+    """Run steps until PeerGone. An engine that computes elsewhere than in :meth:`Engine.step` has a ``wakeup_fd``,
+    readable when a step became due by itself; step empties it."""
     clock = time.monotonic
+    wakeup: int | None = getattr(engine, "wakeup_fd", None)
+    if wakeup is not None:
+        inbox.watch(wakeup)
     while True:
         now = clock()
         due = engine.next_step(now)
