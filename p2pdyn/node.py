@@ -13,12 +13,10 @@ import random
 import resource
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from p2pdyn import __version__
+from p2pdyn import __version__, serving
 from p2pdyn.config import Config, ConfigError, ReadyInfo, StartError
-from p2pdyn.constants import HASH_SEED
 from p2pdyn.core.types import (
     DRAINING,
     LOADING,
@@ -29,7 +27,6 @@ from p2pdyn.core.types import (
     Load,
     NodeId,
     PeerInfo,
-    ServedModel,
 )
 from p2pdyn.datadir import DataDir
 from p2pdyn.engines.base import EngineError, EngineInfo, EngineUsageError, Step
@@ -43,6 +40,9 @@ from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker import WorkerService
 from p2pdyn.report import cluster_report, mesh_metrics
 from p2pdyn.text.card import digest_of
+
+if TYPE_CHECKING:
+    from p2pdyn.net.transfers import Owner, Transfers
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Node:
     def _bind_worker(self, sockets: Sockets, host: str) -> None:
         base = self.config.port
         requests, events = (Address(host, base and base + offset) for offset in (1, 2))
-        self.worker = WorkerService(sockets, self.data.node, self.data.epoch, [requests], [events])
+        self.worker = WorkerService(sockets, self.data.node, self.data.epoch, [requests], [events], self._owner_epoch)
         self.stack.callback(self.worker.close)
         self.info = replace(
             self.info, requests_port=self.worker.requests_port, events_port=self.worker.events_port, state=LOADING
@@ -240,17 +240,9 @@ class Node:
     async def _load_engine(self) -> None:
         config = self.config
         assert self.worker is not None
+        options = serving.engine_options(config, self.data, self.epoch, self.mesh.address.host)
         try:
-            runner = self.runner = make_runner(
-                config.engine,
-                config.model,
-                config.served_model_name,
-                config.engine_args,
-                offline=config.offline,
-                data_dir=self.data.path,
-                on_step=self._stepped,
-                on_death=self._engine_died,
-            )
+            runner = self.runner = make_runner(config.engine, options, self._stepped, self._engine_died)
             self.stack.push_async_callback(runner.close)
             info = await self._until_ended(runner.start(self._progress))
         except EngineUsageError as error:
@@ -258,15 +250,33 @@ class Node:
         except EngineError as error:
             raise StartError(str(error)) from None
         digest = await asyncio.to_thread(digest_of, info.card)
-        served = ServedModel(
-            *(info.model, digest, fingerprint(info, digest), info.block_size, info.context),
-            ranks=info.ranks,
-            kv_events=info.kv_events,
-        )
         self.worker.serve(runner, info, [info.model], digest)
-        self._tell(
-            state=READY, progress=1.0, detail="", engine=info.engine, engine_version=info.version, models=(served,)
-        )
+        if transfers := self._transfers(runner, info):
+            self.worker.transfers = transfers
+            self.stack.push_async_callback(transfers.close)
+        models = (serving.served_model(info, digest),)
+        self._tell(state=READY, progress=1.0, detail="", engine=info.engine, engine_version=info.version, models=models)
+
+    def _transfers(self, runner: Runner, info: EngineInfo) -> Transfers | None:
+        """For an engine whose KV memory we can reach."""
+        if getattr(runner, "memory", None) is None or self.config.kv_transfer == "off":
+            return None
+        from p2pdyn.net.transfers import Transfers
+
+        assert self.worker is not None
+        mover = serving.mover(self.config, self.sockets, self.data.node, self.epoch, self.mesh.address.host)
+        return Transfers(
+            self.sockets, self.data.node, self.epoch, runner, info, self.worker.answer, self._owner, mover
+        )  # fmt: skip
+
+    def _owner(self, node: NodeId) -> Owner | None:
+        """A live worker, as membership has it."""
+        peer = self.mesh.peers.get(node)
+        return None if peer is None else serving.owner(peer, self.info)
+
+    def _owner_epoch(self, node: NodeId) -> int:
+        owner = self._owner(node)
+        return 0 if owner is None else owner.epoch
 
     async def _until_ended(self, loading: Awaitable[EngineInfo]) -> EngineInfo:
         """Loading has no deadline, but ends with the node."""
@@ -455,10 +465,3 @@ def _raise_descriptor_limit() -> None:
 
 async def _first(*futures: asyncio.Future[Any]) -> None:
     await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-
-
-def fingerprint(info: EngineInfo, card_digest: str) -> str:
-    """What two workers must share to be routed together: 16 hex digits over block size, card, weights and hash
-    parameters."""
-    parts = f"{info.block_size}/{card_digest}/{info.weights}/xxh3-64/{HASH_SEED}"
-    return blake2b(parts.encode(), digest_size=8).hexdigest()

@@ -96,7 +96,7 @@ class Served:
         self._next_key += 1
         known.open[message.rid] = running
         self.running[running.key] = running
-        more = (message.traceparent, message.rank)
+        more = (message.traceparent, message.rank, message.hand_over, message.pull, message.remote)
         return Sequence(running.key, tokens, message.prompt_len, params, *more), None, aborts
 
     def _refusal(self, message: Generate) -> tuple[str, str] | None:
@@ -150,6 +150,13 @@ class Served:
             if not running.waiting:
                 running.waiting = True
                 due.append(running)
+
+    def handed_over(self, key: int) -> Running | None:
+        """The engine has computed a prompt to hand over: the request ends with that. None if it was cancelled."""
+        running = self.running.get(key)
+        if running is not None:
+            self._forget(running)
+        return running
 
     @property
     def due(self) -> bool:

@@ -7,8 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from collections.abc import Sequence as Arguments
-from pathlib import Path
 from typing import Protocol
 
 from p2pdyn.core.types import Load
@@ -54,19 +52,8 @@ class Runner(Protocol):
         """End the engine and whatever it started. Idempotent, bounded in time."""
 
 
-def make_runner(
-    engine: str,
-    model: str | None,
-    served_name: str | None,
-    args: Arguments[str],
-    *,
-    offline: bool,
-    data_dir: Path,
-    on_step: OnStep,
-    on_death: OnDeath,
-) -> Runner:
+def make_runner(engine: str, options: EngineOptions, on_step: OnStep, on_death: OnDeath) -> Runner:
     """The runner for the engine called ``engine``. Raises EngineError for an unknown one."""
-    options = EngineOptions(model, served_name, tuple(args), offline, data_dir)
     kind = registry.find(engine)
     if kind.child:
         return ChildRunner(engine, kind.module, options, on_step, on_death)

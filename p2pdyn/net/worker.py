@@ -21,11 +21,27 @@ from p2pdyn.net.kv_source import KvSource
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.wire.codec import WireError, decode, decode_params, encode, encode_logprobs, encode_tokens
 from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
-from p2pdyn.wire.requests import CHUNK, Cancel, Chunk, Fetch, Generate, Heartbeat, Hello, Refused, Welcome
+from p2pdyn.wire.requests import (
+    CHUNK,
+    Cancel,
+    Chunk,
+    Claim,
+    Commit,
+    Fetch,
+    Generate,
+    Heartbeat,
+    Hello,
+    Prefilled,
+    Refused,
+    Renew,
+    Return,
+    Welcome,
+)
 from p2pdyn.wire.schema import REQUESTS
 
 if TYPE_CHECKING:
     from p2pdyn.net.engine_events import EngineEvents
+    from p2pdyn.net.transfers import Transfers
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +57,28 @@ CLOCK_JUMP_S = 2.0
 
 
 class WorkerService:
-    """Binds at once, so that its ports can be announced; serves from :meth:`serve` on."""
+    """Binds at once, so that its ports can be announced; serves from :meth:`serve` on. ``owner_epoch`` gives the epoch
+    of a live member, 0 for any other."""
 
     def __init__(
-        self, sockets: Sockets, node: NodeId, epoch: int, requests: Sequence[Address], events: Sequence[Address]
-    ):
+        self,
+        sockets: Sockets,
+        node: NodeId,
+        epoch: int,
+        requests: Sequence[Address],
+        events: Sequence[Address],
+        owner_epoch: Callable[[NodeId], int] = lambda node: 0,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sockets = sockets
         self._node = node
         self._epoch = epoch
+        self._owner_epoch = owner_epoch
         self._served: Served | None = None
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
         self.kv: KvSource | None = None
+        self.transfers: Transfers | None = None
         self._engine_events: EngineEvents | None = None
         self._speed = SpeedMeter()
         self._admitted: list[base.Sequence] = []
@@ -105,6 +130,8 @@ class WorkerService:
         self._epoch = epoch
         if self._served is not None:
             self._served.epoch = epoch
+        if self.transfers is not None:
+            self.transfers.raise_epoch(epoch)
         if self.kv is not None:
             self.kv.raise_epoch(epoch)
 
@@ -135,6 +162,8 @@ class WorkerService:
             self._send(running.connection, encode(Refused(running.rid, running.attempt, "engine", reason[:500])))
         self._speed.clear()
         self._served = None
+        if self.transfers is not None:
+            self.transfers.engine_died()
 
     def close(self) -> None:
         for timer in (self._timer, self._load_timer, self._send_timer):
@@ -186,21 +215,41 @@ class WorkerService:
         if refused is not None:
             self._send(connection, encode(refused))
         elif sequence is not None:
+            if message.source:
+                self._expect(sequence, message)
             self.requests_total += 1
             self._admitted.append(sequence)
             self._speed.submitted(sequence.key, len(sequence.tokens), message.uncached, monotonic())
             if message.traceparent:
                 log.debug("request %d, attempt %d: trace %s", message.rid, message.attempt, message.traceparent)
 
+    def _expect(self, sequence: base.Sequence, message: Generate) -> None:
+        """Another worker has KV blocks for it; if that one is not alive in the epoch named, they are computed here."""
+        source, epoch = NodeId(message.source), message.source_epoch
+        if sequence.remote:
+            if self._owner_epoch(source) != epoch:
+                sequence.remote = b""
+        elif sequence.pull and (
+            self.transfers is None or not self.transfers.begin(sequence.key, source, epoch, message.lease)
+        ):
+            sequence.pull = 0
+
     def _on_cancel(self, connection: bytes, message: Cancel) -> None:
         if self._served is not None:
             self._abort(self._served.cancel(connection, message.requests))
+        if self.transfers is not None:
+            self.transfers.given_up(connection, message.requests)
+
+    def _on_transfer(self, connection: bytes, message: Claim | Renew | Commit | Return) -> None:
+        if self.transfers is not None:
+            self.transfers.lend(connection, message)
 
     def _on_fetch(self, connection: bytes, message: Fetch) -> None:
         digest, card = self._card
         if message.what == "card" and message.key == digest and digest:
-            data = card[message.offset : message.offset + CHUNK]
-            answer = Chunk(message.ticket, message.offset, len(card), data)
+            answer = _chunk(message, card)
+        elif message.what == "agent":
+            answer = _chunk(message, self.transfers.describe() if self.transfers is not None else b"")
         elif message.what != "card" and self.kv is not None:
             answer = self.kv.answer(connection, message, self._loop.time())
         else:
@@ -212,6 +261,10 @@ class WorkerService:
         Generate: _on_generate,
         Cancel: _on_cancel,
         Fetch: _on_fetch,
+        Claim: _on_transfer,
+        Renew: _on_transfer,
+        Commit: _on_transfer,
+        Return: _on_transfer,
     }
 
     def _abort(self, keys: list[int]) -> None:
@@ -220,6 +273,8 @@ class WorkerService:
             return
         for key in keys:
             self._speed.gone(key)
+        if self.transfers is not None:
+            self.transfers.cancel(keys)
         if self._admitted:
             waiting = {sequence.key for sequence in self._admitted}.intersection(keys)
             if waiting:
@@ -253,6 +308,11 @@ class WorkerService:
         served = self._served
         if step.kv and self.kv is not None:
             self.kv.take(0, step.kv)
+        for note in step.transfers:
+            if isinstance(note, base.Held) and note.key >= 0:
+                self._handed_over(note)
+            elif self.transfers is not None:
+                self.transfers.note(note)
         if served is None or not step.outputs:
             return
         served.outputs(step.outputs)
@@ -262,6 +322,23 @@ class WorkerService:
             self._send_due()
         elif self._send_timer is None:
             self._send_timer = self._loop.call_later(STEPS_S, self._send_late)
+
+    def _handed_over(self, held: base.Held) -> None:
+        """A prompt to hand over is computed: tell the frontend where its blocks are."""
+        running = self._served.handed_over(held.key) if self._served is not None else None
+        if running is None:  # cancelled while that was on its way
+            if self._runner is not None:
+                self._runner.transfer([base.Release(held.key)])
+            return
+        lease, request = 0, (running.connection, running.rid, running.attempt)
+        if self.transfers is not None:
+            lease = self.transfers.handed_over(held, *request)
+        self._speed.first_tokens(((held.key, held.cached),), monotonic())
+        blocks = len(held.blocks) if lease else 0
+        answer = Prefilled(running.rid, running.attempt, self._epoch, lease, blocks, held.cached, held.params)
+        self._send(running.connection, encode(answer))
+        if self._was_busy and not self.open:
+            self._publish_load_soon()
 
     def _measure(self, served: Served, outputs: int, now: float) -> None:
         if served.started:
@@ -292,6 +369,10 @@ class WorkerService:
     def _publish(self, topic: bytes, data: bytes) -> None:
         self._events.send((topic, data))
 
+    def answer(self, connection: bytes, message: object) -> None:
+        """To whoever asked on the request link."""
+        self._send(connection, encode(message))
+
     def _send(self, connection: bytes, data: bytes) -> None:
         if not self._router.send((connection, data)) and self._served is not None:
             # Unknown to the ROUTER, or so far behind that its queue is full: the frontend sees a hole, or is gone.
@@ -311,6 +392,8 @@ class WorkerService:
         self._send_due(held_back=True)
         self._heartbeat(self._served)
         self._publish_load()
+        if self.transfers is not None:
+            self.transfers.tick(now)
         if not late:
             orphans = self._served.orphans(now - ORPHAN_S)
             if orphans:
@@ -353,3 +436,8 @@ class WorkerService:
             speed.itl_per_block_ms or load.itl_per_block_ms,
         )
         self._events.send((TOPIC_LOAD, encode(event)))
+
+
+def _chunk(asked: Fetch, data: bytes) -> Chunk:
+    """Part of ``data``, or that there is none."""
+    return Chunk(asked.ticket, asked.offset, len(data) or -1, data[asked.offset : asked.offset + CHUNK])

@@ -495,4 +495,4 @@ def test_a_frame_too_large_is_refused_before_it_is_read() -> None:
 
 def test_an_unknown_engine_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="engine 'warp' is not known: use one of sim"):
-        make_runner("warp", None, None, (), offline=False, data_dir=tmp_path, on_step=print, on_death=print)
+        make_runner("warp", EngineOptions(data_dir=tmp_path), print, print)

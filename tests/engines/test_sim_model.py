@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from p2pdyn.engines.base import EngineError, EngineInfo
+from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions
 from p2pdyn.engines.runner import make_runner
 from p2pdyn.engines.sim_model import read
 from p2pdyn.text.card import ModelCard, digest_of
@@ -36,9 +36,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def load_and_watch(folder: Path) -> tuple[EngineInfo, float]:
     """Load as a peer does; the engine's description and the loop's worst delay in seconds."""
-    runner = make_runner(
-        "sim", str(folder), None, (), offline=True, data_dir=folder, on_step=lambda step: None, on_death=print
-    )
+    options = EngineOptions(str(folder), offline=True, data_dir=folder)
+    runner = make_runner("sim", options, lambda step: None, print)
     loading = asyncio.ensure_future(runner.start(lambda fraction, what: None))
     worst, last = 0.0, time.monotonic()
     try:

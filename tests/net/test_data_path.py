@@ -15,7 +15,7 @@ import pytest
 from p2pdyn.core.flight import Action
 from p2pdyn.core.request import Job, Logprobs, Outcome, Rejected
 from p2pdyn.core.types import READY, Address, Load, NodeId, PeerInfo, SamplingParams, ServedModel
-from p2pdyn.engines.base import EngineInfo
+from p2pdyn.engines.base import EngineInfo, EngineOptions
 from p2pdyn.engines.base import Sequence as EngineSequence
 from p2pdyn.engines.runner import Runner, make_runner
 from p2pdyn.net.curve import Security, write_key_file
@@ -54,10 +54,8 @@ class Worker:
         self.info: EngineInfo
 
     async def serve(self) -> Worker:
-        self.runner = make_runner(
-            "sim", None, "m", self.args, offline=True, data_dir=self.tmp,
-            on_step=self.service.on_step, on_death=self.service.engine_died,
-        )  # fmt: skip
+        options = EngineOptions(None, "m", self.args, True, self.tmp)
+        self.runner = make_runner("sim", options, self.service.on_step, self.service.engine_died)
         self.info = await self.runner.start(lambda fraction, what: None)
         self.service.serve(self.runner, self.info, ["m"], self.digest)
         return self

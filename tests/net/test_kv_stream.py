@@ -17,7 +17,7 @@ from support.engine_publisher import EnginePublisher
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.kvstream import DIGEST_S, EXACT, REPLAY, SNAPSHOT, STALE_S
 from p2pdyn.core.types import Address, NodeId, SamplingParams
-from p2pdyn.engines.base import BlocksRemoved, BlocksStored, EngineInfo, Sequence, Step
+from p2pdyn.engines.base import BlocksRemoved, BlocksStored, EngineInfo, EngineOptions, Sequence, Step
 from p2pdyn.engines.runner import Runner, make_runner
 from p2pdyn.net.curve import Security, write_key_file
 from p2pdyn.net.kv_feed import KvFeed
@@ -39,10 +39,8 @@ class Bench:
     def __init__(self, sockets: Sockets, tmp: Path, *args: str) -> None:
         self.sockets = sockets
         self.service = WorkerService(sockets, WORKER, EPOCH, [LOCAL], [LOCAL])
-        self.runner: Runner = make_runner(
-            "sim", None, "m", ("--speedup", "0", *args), offline=True, data_dir=tmp,
-            on_step=self.service.on_step, on_death=self.service.engine_died,
-        )  # fmt: skip
+        options = EngineOptions(None, "m", ("--speedup", "0", *args), True, tmp)
+        self.runner: Runner = make_runner("sim", options, self.service.on_step, self.service.engine_died)
         self.info: EngineInfo
         self.keys = itertools.count(1)
         self.links: list[WorkerLink] = []

@@ -125,16 +125,8 @@ def test_it_runs_in_the_engine_host(tmp_path: Path) -> None:
             if any(output.finish for output in step.outputs):
                 done.set()
 
-        runner = make_runner(
-            "builtin",
-            "tiny",
-            None,
-            ["--kv-blocks=64"],
-            offline=True,
-            data_dir=tmp_path,
-            on_step=on_step,
-            on_death=pytest.fail,
-        )
+        options = EngineOptions("tiny", args=("--kv-blocks=64",), offline=True, data_dir=tmp_path)
+        runner = make_runner("builtin", options, on_step, pytest.fail)
         async with asyncio.timeout(30):
             info = await runner.start(lambda fraction, what: None)
             runner.submit([sequence(1, PROMPT, max_tokens=5)])
