@@ -35,6 +35,12 @@ ENGINES: dict[str, EngineKind] = {
         help="--kv-blocks 1024 --block-size 16 --max-num-seqs 32 --context 0 (the model's own) --max-batch-tokens 128 "
         "--threads (half the cores)",
     ),
+    "vllm": EngineKind(
+        "p2pdyn.engines.vllm",
+        child=True,
+        help="vLLM's own flags (vllm serve --help=all), as --max-model-len 8192 --tensor-parallel-size 2, and "
+        "--lora-modules NAME=FOLDER...; KV events, prefix caching and, by role, the NIXL connector are on by themselves",
+    ),
 }
 
 

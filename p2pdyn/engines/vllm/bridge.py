@@ -1,0 +1,239 @@
+"""AsyncLLM on an event loop in a thread of its own.
+
+Everything public here is called from the engine's thread; what vLLM answers is left in :attr:`Bridge.arrived`, and
+``wake`` is called, from the loop's thread, once a turn in which something was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from p2pdyn.engines.base import Held, Output
+from p2pdyn.engines.vllm import handoff
+from p2pdyn.engines.vllm.arguments import LEASE_S, one_line
+from p2pdyn.engines.vllm.sampling import from_vllm
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+JUMP_S = LEASE_S / 2
+"""A clock that advanced this far between two looks means that this process stood still."""
+RESET_S = 2.0 * LEASE_S
+NEWS_S = 10.0
+CLOSE_S = 2.0
+CALL_S = 5.0
+
+
+@dataclass(slots=True)
+class Job:
+    """One sequence under way. ``silent``: it has produced nothing yet."""
+
+    key: int
+    prompt: dict[str, Any]
+    params: Any
+    hand_over: bool
+    remote: bool
+    alternatives: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+    silent: bool = True
+
+
+class Bridge:
+    """``build`` makes the AsyncLLM; it is called in the loop's thread and may take minutes."""
+
+    def __init__(self, build: Callable[[], Any], wake: Callable[[], None], news: Callable[[], str]) -> None:
+        self.arrived: deque[Output | Held] = deque()
+        self.death = ""
+        """Why vLLM does not go on, once it does not."""
+        self.llm: Any = None
+        self.failure: Exception | None = None
+        self.started = threading.Event()
+        """Either ``llm`` is there, or ``failure``."""
+        self._build = build
+        self._wake = wake
+        self._news = news
+        self._jobs: dict[int, tuple[Job, asyncio.Task[None]]] = {}
+        self._flushing = False
+        self._seen = 0.0
+        self._loop: asyncio.AbstractEventLoop
+        self._stop: asyncio.Event
+        self._open: asyncio.Event
+        """Cleared while the prefix cache must not be used."""
+        self._thread = threading.Thread(target=self._run_thread, name="vllm", daemon=True)
+        self._thread.start()
+
+    # ---- the engine's thread
+
+    def submit(self, job: Job) -> None:
+        self._loop.call_soon_threadsafe(self._begin, job)
+
+    def abort(self, key: int) -> None:
+        self._loop.call_soon_threadsafe(self._cancel, key)
+
+    def release(self, request: str) -> None:
+        """Let the blocks go that a hand-over holds; ``request`` is vLLM's name of it."""
+        self._loop.call_soon_threadsafe(lambda: self._keep(self._release(request)))
+
+    def close(self) -> None:
+        if self.llm is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(CLOSE_S + 0.5)
+
+    # ---- the loop's thread
+
+    def _run_thread(self) -> None:
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop, self._open = asyncio.Event(), asyncio.Event()
+        self._open.set()
+        self._background: set[asyncio.Task[Any]] = set()
+        try:
+            self.llm = self._build()
+        except Exception as error:
+            self.failure = error
+        self.started.set()
+        if self.llm is None:
+            return
+        self._seen = boot_time()
+        self._keep(self._watch())
+        await self._stop.wait()
+        for _, task in self._jobs.values():
+            task.cancel()
+        self.llm.shutdown(timeout=CLOSE_S)
+
+    def _keep(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _begin(self, job: Job) -> None:
+        task = asyncio.create_task(self._serve(job))
+        self._jobs[job.key] = job, task
+        task.add_done_callback(lambda done: self._ended(job, done))
+
+    def _ended(self, job: Job, task: asyncio.Task[None]) -> None:
+        if job.key in self._jobs and self._jobs[job.key][1] is task:
+            del self._jobs[job.key]
+
+    def _cancel(self, key: int) -> None:
+        known = self._jobs.pop(key, None)
+        if known is not None:
+            known[1].cancel()
+
+    async def _serve(self, job: Job) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            await self._open.wait()
+            async for result in self.llm.generate(job.prompt, job.params, str(job.key), **job.options):
+                if job.silent and job.remote and self._stood_still():
+                    return  # _recover has it now
+                self._take(job, result)
+        except EngineDeadError:
+            self.die("")
+        except Exception as error:
+            self._put(Output(job.key, (), "error", detail=one_line(error.__cause__ or error)))
+
+    def _take(self, job: Job, result: Any) -> None:
+        first, job.silent = job.silent, False
+        if not job.hand_over:
+            self._put(from_vllm(job.key, result, first, job.alternatives))
+        elif result.finished:
+            self._put(handoff.held(job.key, result))
+
+    def _put(self, item: Output | Held) -> None:
+        self.arrived.append(item)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """One turn later all outputs of the same engine step are there."""
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._wake()
+
+    def die(self, reason: str) -> None:
+        self.death = self.death or reason or "vLLM's engine core has ended"
+        self._wake()
+
+    # ---- watch
+
+    async def _watch(self) -> None:
+        told = self._seen
+        while not self.death:
+            await asyncio.sleep(WATCH_S)
+            self._stood_still()
+            if self.llm.errored:
+                self.die("")
+            if self._seen - told >= NEWS_S:
+                told = self._seen
+                if line := self._news():
+                    log.info("%s", line)
+
+    def _stood_still(self) -> bool:
+        """Whether this process was stopped just now. Then what is being pulled may be another prompt's: the other side has
+        waited in vain, and given its blocks away."""
+        now = boot_time()
+        gap, self._seen = now - self._seen, now
+        if gap < JUMP_S:
+            return False
+        jobs = [job for job, _ in self._jobs.values() if job.remote and job.silent]
+        if jobs:
+            log.warning("this process stood still for %.0f s: %d prompts are computed here instead", gap, len(jobs))
+            self._open.clear()
+            self._keep(self._recover(jobs))
+        return bool(jobs)
+
+    async def _recover(self, jobs: list[Job]) -> None:
+        """Drop what ``jobs`` were pulling and all that is cached, then compute them here."""
+        pulls = [self._jobs.pop(job.key)[1] for job in jobs if job.key in self._jobs]
+        for pull in pulls:
+            pull.cancel()
+        await asyncio.wait(pulls, timeout=CALL_S)
+        deadline = self._loop.time() + RESET_S
+        while not await self._reset():
+            if self._loop.time() > deadline:
+                self.die("vLLM did not empty its prefix cache after this process had stood still")
+                return
+            await asyncio.sleep(0.1)
+        self._open.set()
+        for job in jobs:
+            job.remote = False
+            job.params.extra_args = None
+            self._begin(job)
+
+    async def _reset(self) -> bool:
+        try:
+            async with asyncio.timeout(CALL_S):
+                return bool(await self.llm.reset_prefix_cache(reset_running_requests=True))
+        except Exception:  # blocks that are still being written to
+            return False
+
+    async def _release(self, request: str) -> None:
+        try:
+            async with asyncio.timeout(CALL_S):
+                done = await self.llm.collective_rpc("p2pdyn_release", args=(request,))
+        except Exception as error:
+            done = [error]
+        if True not in done:
+            log.debug("request %s ends with its lease: %s", request, done)
+
+
+def boot_time() -> float:
+    """Seconds, those included in which the host was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,0 +1,22 @@
+"""What is added to vLLM's workers, by its ``--worker-extension-cls``: methods that the engine calls on each of them."""
+
+from __future__ import annotations
+
+
+class Releases:
+    """Mixed into vLLM's worker class. Names must not clash with its own."""
+
+    def p2pdyn_release(self, request: str) -> bool:
+        """Let a finished prefill's blocks go now instead of at the end of their lease: nobody will read them. Its
+        deadline becomes the past, so the connector's next look at expired leases frees the blocks as it always does.
+        Answers False where there is nothing to release, or where this version keeps its leases elsewhere."""
+        from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group, has_kv_transfer_group
+
+        if not has_kv_transfer_group():
+            return False
+        worker = getattr(get_kv_transfer_group(), "connector_worker", None)
+        leases = getattr(worker, "_reqs_to_send", None)
+        if not isinstance(leases, dict) or request not in leases:
+            return False
+        leases[request] = 0.0
+        return True
