@@ -7,6 +7,7 @@ and checks nothing (`ratio`: our time over its time; for ingest our rate over it
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import json
 import random
@@ -15,25 +16,32 @@ import struct
 import time
 import tracemalloc
 from array import array
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from p2pdyn.core.kvhash import sequence_hashes
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.kvjournal import KvJournal
-from p2pdyn.core.kvstream import Fetched, KvStream, Up
+from p2pdyn.core.kvstream import DIGEST_S, EXACT
+from p2pdyn.core.types import NodeId
 from p2pdyn.engines.base import BlocksRemoved, BlocksStored, KvEvent
+from p2pdyn.net.kv_feed import Key, KvFeed
+from p2pdyn.net.kv_source import BATCH_S
 from p2pdyn.wire.codec import decode, encode
-from p2pdyn.wire.events import KvBatch
-from p2pdyn.wire.kvpack import STORED, Op, pack_ops, pack_snapshot
+from p2pdyn.wire.events import KvBatch, KvDigest
+from p2pdyn.wire.kvpack import DEVICE, REMOVED, STORED, Op, pack_ops, pack_snapshot, xor_all
 from p2pdyn.wire.schema import EVENTS
 
 TARGETS = 32
 BLOCK = 16
 """Tokens a block."""
 PROMPT = 8192
+EPOCH = 7
+LAG = 64
+"""Batches for which a block stays."""
 SHARED = 64
 """Leading blocks of a prompt that every target holds: a system prompt."""
 
@@ -53,102 +61,119 @@ def alternate(ours: Side, naive: Side, rounds: int) -> tuple[float, float]:
     return statistics.median(sides[0]), statistics.median(sides[1])
 
 
-def ingest(blocks: int, per_batch: int, rounds: int, rng: random.Random) -> None:
-    """Received bytes of KvBatch to the index. Half of each batch is new, half takes away what came ``lag`` before."""
-    lag = 64
-    stored = [[rng.getrandbits(64) for _ in range(per_batch)] for _ in range(max(2 * lag, blocks // per_batch // 2))]
-    messages = []
-    for at, hashes in enumerate(stored):
-        ops = [Op(STORED, 0, array("Q", hashes))]
-        if at >= lag:
-            ops.append(Op(1, 0, array("Q", stored[at - lag])))
-        messages.append(encode(KvBatch("a" * 16, 7, 0, at + 1, pack_ops(ops))))
-    changes = per_batch * (2 * len(stored) - lag)
+class Batch(NamedTuple):
+    """One engine step of the target with ``bit``."""
 
-    def ours() -> float:
-        index = KvIndex()
-        stream = KvStream(index, 0)
-        stream.handle(Up(), 0.0)
-        stream.handle(Fetched(1, pack_snapshot(7, 0, [])), 0.0)
+    bit: int
+    stored: list[int]
+    removed: list[int]
+
+
+def churn(blocks: int, per_batch: int, rng: random.Random) -> list[Batch]:
+    """One target. Half of each batch is new, half takes away what came ``LAG`` before."""
+    steps = [[rng.getrandbits(64) for _ in range(per_batch)] for _ in range(max(2 * LAG, blocks // per_batch // 2))]
+    return [Batch(1, stored, steps[at - LAG] if at >= LAG else []) for at, stored in enumerate(steps)]
+
+
+def sharing(blocks: int, per_batch: int, rng: random.Random) -> list[Batch]:
+    """Stores alone, by 8 targets, a quarter of which each of the others holds: the naive figure of the design page."""
+    targets = 8
+    common = [rng.getrandbits(64) for _ in range(blocks // targets // 4)]
+    plan: list[Batch] = []
+    for target in range(targets):
+        own = common + [rng.getrandbits(64) for _ in range(blocks // targets - len(common))]
+        plan += [Batch(1 << target, own[at : at + per_batch], []) for at in range(0, len(own), per_batch)]
+    plan.sort(key=lambda _: rng.random())
+    return plan
+
+
+class Wire:
+    """What the workers of a plan send: a message each batch, and digests."""
+
+    def __init__(self, plan: list[Batch]) -> None:
+        self.seqs: dict[str, int] = {}
+        self.messages: list[tuple[str, bytes]] = []
+        self._blocks = Counter[str]()
+        self._xors = Counter[str]()
+        for batch in plan:
+            self._send(f"{batch.bit:016x}", batch)
+        for worker in self.seqs:
+            self._digest(worker)
+
+    def _send(self, worker: str, batch: Batch) -> None:
+        seq = self.seqs[worker] = self.seqs.get(worker, 0) + 1
+        parts = [(kind, hashes) for kind, hashes in ((STORED, batch.stored), (REMOVED, batch.removed)) if hashes]
+        ops = pack_ops([Op(kind, DEVICE, array("Q", hashes)) for kind, hashes in parts])
+        self.messages.append((worker, encode(KvBatch(worker, EPOCH, 0, seq, ops))))
+        self._blocks[worker] += len(batch.stored) - len(batch.removed)
+        self._xors[worker] ^= xor_all(array("Q", batch.stored + batch.removed))
+        if seq % round(DIGEST_S / BATCH_S) == 0:
+            self._digest(worker)
+
+    def _digest(self, worker: str) -> None:
+        seq = self.seqs[worker]
+        digest = KvDigest(worker, EPOCH, 0, seq, seq + 1, self._blocks[worker], self._xors[worker])
+        self.messages.append((worker, encode(digest)))
+
+
+class Source:
+    """A worker that had nothing cached when it was asked."""
+
+    def __init__(self, worker: str) -> None:
+        self.worker = NodeId(worker)
+
+    async def fetch(self, what: str, key: str) -> bytes:
+        return pack_snapshot(EPOCH, 0, [])
+
+
+def ingest(name: str, plan: list[Batch], rounds: int) -> None:
+    """Received bytes to the index, as a frontend does it: decoded, numbers checked, a digest for a second's batches."""
+    wire = Wire(plan)
+
+    async def receive() -> float:
+        waiting, ready = set(wire.seqs), asyncio.Event()
+
+        def placed(key: Key, slot: int | None) -> None:
+            waiting.discard(key[0])
+            if not waiting:
+                ready.set()
+
+        feed = KvFeed(KvIndex(), placed)
+        for worker in wire.seqs:
+            feed.up(Source(worker), 1)
+        await ready.wait()
         start = time.perf_counter()
-        for data in messages:
-            stream.handle(decode(EVENTS, data), 0.0)  # type: ignore[arg-type]
+        for worker, data in wire.messages:
+            feed.received(worker, decode(EVENTS, data))  # type: ignore[arg-type]
         spent = time.perf_counter() - start
-        if (stream.seq, stream.blocks) != (len(messages), lag * per_batch):
-            raise SystemExit("ingest: not every block arrived")
+        if {key[0]: (stream.state, stream.seq) for key, stream in feed.streams.items()} != {
+            worker: (EXACT, seq) for worker, seq in wire.seqs.items()
+        }:
+            raise SystemExit(f"{name}: not every stream is exact")
         return spent
 
     def naive() -> float:
         held: dict[int, int] = {}
-        bit = 1
         start = time.perf_counter()
-        for at, hashes in enumerate(stored):
-            for one in hashes:
+        for bit, stored, removed in plan:
+            for one in stored:
                 held[one] = held.get(one, 0) | bit
-            if at >= lag:
-                for one in stored[at - lag]:
-                    left = held.get(one, 0) & ~bit
-                    if left:
-                        held[one] = left
-                    else:
-                        held.pop(one, None)
+            for one in removed:
+                left = held.get(one, 0) & ~bit
+                if left:
+                    held[one] = left
+                else:
+                    held.pop(one, None)
         return time.perf_counter() - start
 
-    mine, theirs = alternate(ours, naive, rounds)
+    mine, theirs = alternate(lambda: asyncio.run(receive()), naive, rounds)
+    changes = sum(len(batch.stored) + len(batch.removed) for batch in plan)
     _print(
         {
-            "bench": "kv-ingest",
-            "blocks_a_batch": per_batch,
+            "bench": name,
+            "blocks_a_batch": len(plan[0].stored),
             "blocks_s": round(changes / mine),
             "naive_blocks_s": round(changes / theirs),
-            "ratio": round(theirs / mine, 2),
-        }
-    )
-
-
-def ingest_stores(blocks: int, per_batch: int, rounds: int, rng: random.Random) -> None:
-    """Stores alone, by 8 targets, a quarter of which another target holds: the naive figure of the design page."""
-    targets = 8
-    common = [rng.getrandbits(64) for _ in range(blocks // targets // 4)]
-    plan: list[tuple[int, list[int]]] = []
-    for target in range(targets):
-        own = common + [rng.getrandbits(64) for _ in range(blocks // targets - len(common))]
-        plan += [(target, own[at : at + per_batch]) for at in range(0, len(own), per_batch)]
-    plan.sort(key=lambda _: rng.random())
-    seqs = [0] * targets
-    messages = []
-    for target, hashes in plan:
-        seqs[target] += 1
-        ops = pack_ops([Op(STORED, 0, array("Q", hashes))])
-        messages.append((target, encode(KvBatch("a" * 16, 7, 0, seqs[target], ops))))
-
-    def ours() -> float:
-        index = KvIndex()
-        streams = [KvStream(index, 0) for _ in range(targets)]
-        for stream in streams:
-            stream.handle(Up(), 0.0)
-            stream.handle(Fetched(1, pack_snapshot(7, 0, [])), 0.0)
-        start = time.perf_counter()
-        for target, data in messages:
-            streams[target].handle(decode(EVENTS, data), 0.0)  # type: ignore[arg-type]
-        return time.perf_counter() - start
-
-    def naive() -> float:
-        held: dict[int, int] = {}
-        start = time.perf_counter()
-        for target, hashes in plan:
-            bit = 1 << target
-            for one in hashes:
-                held[one] = held.get(one, 0) | bit
-        return time.perf_counter() - start
-
-    mine, theirs = alternate(ours, naive, rounds)
-    _print(
-        {
-            "bench": "kv-ingest-stores",
-            "blocks_a_batch": per_batch,
-            "blocks_s": round(blocks / mine),
-            "naive_blocks_s": round(blocks / theirs),
             "ratio": round(theirs / mine, 2),
         }
     )
@@ -367,10 +392,9 @@ def main() -> None:
     rng = random.Random(0)
     rounds = 3 if quick else 15
     blocks = 20_000 if quick else 400_000
-    for per_batch in (2, 16, 32, 128, 512):
-        ingest(blocks, per_batch, rounds, rng)
-    for per_batch in (16, 32, 128, 512):
-        ingest_stores(blocks, per_batch, rounds, rng)
+    for name, plan in (("kv-ingest", churn), ("kv-ingest-stores", sharing)):
+        for per_batch in (2, 8, 16, 32, 128, 512):
+            ingest(name, plan(blocks, per_batch, rng), rounds)
     for length in (1024, PROMPT, 32_768, 100_000):
         decision(length, 10_000 if quick else 500_000, 1, 10 * rounds, rng)
     decision(PROMPT, 10_000 if quick else 500_000, 2, 10 * rounds, rng)

@@ -7,14 +7,12 @@ is given to another only afterwards.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from itertools import accumulate, count, groupby, islice, repeat
 from operator import and_, invert, or_, xor
 
-from p2pdyn.wire.kvpack import DEVICE, HOST, TIERS, xor_all
+from p2pdyn.wire.kvpack import DEVICE, HOST, TIERS
 
 MAX_BLOCKS = 2**24
 """(hash, tier) entries of an index; at about 110 bytes each this is 2 GB."""
@@ -55,7 +53,7 @@ class KvIndex:
         """Bit set of the slots in use."""
         self._max_blocks = max_blocks
         self._tiers: tuple[dict[int, int], ...] = tuple({} for _ in range(TIERS))
-        self._slots = 0
+        self._bits: list[int] = []  # of each slot: its bit, 0 if nobody has it
         self._free: list[int] = []
         self._dead = 0
         self._sweeping = 0
@@ -68,37 +66,37 @@ class KvIndex:
 
     def __len__(self) -> int:
         """(hash, tier) entries, those still to be swept among them."""
-        device, host, disk = self._tiers
-        count = len(device) + len(host) + len(disk)
-        return count + sum(map(len, self._late)) if self._sweeping else count
+        return self._max_blocks - self.room()
 
     def room(self) -> int:
         """Entries that may still be added."""
-        return self._max_blocks - len(self)
+        device, host, disk = self._tiers
+        room = self._max_blocks - len(device) - len(host) - len(disk)
+        return room - sum(map(len, self._late)) if self._sweeping else room
 
     # Targets
 
     def add(self) -> int:
         """A slot for a new target. With :data:`MAX_SLOTS` taken it first sweeps those that left; OverflowError."""
-        if not self._free and self._slots == MAX_SLOTS:
+        if not self._free and len(self._bits) == MAX_SLOTS:
             while not self.sweep():
                 pass
             if not self._free:
                 raise OverflowError(f"more than {MAX_SLOTS} routing targets")
-        if self._free:
-            slot = self._free.pop()
-        else:
-            slot = self._slots
-            self._slots += 1
+        if not self._free:
+            self._free.append(len(self._bits))
+            self._bits.append(0)
+        slot = self._free.pop()
+        self._bits[slot] = 1 << slot
         self.live |= 1 << slot
         return slot
 
     def drop(self, slot: int) -> None:
         """The target left: none of its blocks is found any more. Idempotent."""
-        bit = 1 << slot
-        if self.live & bit:
-            self.live &= ~bit
-            self._dead |= bit
+        bit = self._bits[slot]
+        self._bits[slot] = 0
+        self.live &= ~bit
+        self._dead |= bit
 
     def sweep(self, budget: int = _SLICE) -> bool:
         """Look at up to ``budget`` entries for targets that left. True when none is left to do."""
@@ -148,13 +146,19 @@ class KvIndex:
 
     # Blocks
 
-    def store(self, slot: int, tier: int, hashes: array[int]) -> tuple[int, int]:
-        """``slot`` holds ``hashes`` in ``tier``. How many of them it did not before, and the XOR of these."""
-        return self._change(self._store, slot, tier, hashes)
+    def store(self, slot: int, tier: int, hashes: Sequence[int]) -> list[int]:
+        """``slot`` holds ``hashes`` in ``tier``. Those that it held before, and so says nothing new of: mostly none."""
+        bit = self._bits[slot]
+        if self._sweeping or not bit:
+            return self._change_late(self._store, bit, tier, hashes)
+        return self._store(self._tiers[tier], bit, hashes)
 
-    def remove(self, slot: int, tier: int, hashes: array[int]) -> tuple[int, int]:
-        """``slot`` no longer holds ``hashes`` in ``tier``. How many of them it did, and the XOR of these."""
-        return self._change(self._remove, slot, tier, hashes)
+    def remove(self, slot: int, tier: int, hashes: Sequence[int]) -> list[int]:
+        """``slot`` no longer holds ``hashes`` in ``tier``. Those that it did not hold before: mostly none."""
+        bit = self._bits[slot]
+        if self._sweeping or not bit:
+            return self._change_late(self._remove, bit, tier, hashes)
+        return self._remove(self._tiers[tier], bit, hashes)
 
     def held(self, slot: int) -> set[tuple[int, int]]:
         """Each (hash, tier) of a live target, by a walk over everything: for tests and reports."""
@@ -162,67 +166,74 @@ class KvIndex:
         both = [(number, one) for tiers in (self._tiers, self._late) for number, one in enumerate(tiers)]
         return {(key, number) for number, tier in both for key, held in tier.items() if held & bit}
 
-    def _change(self, change: Change, slot: int, tier: int, hashes: array[int]) -> tuple[int, int]:
-        bit = 1 << slot
-        if not bit & self.live:
-            return 0, 0
-        if len(self._shared) > _MAX_SHARED:
-            self._shared.clear()
-        bit = self._shared.setdefault(bit, bit)
-        if self._sweeping:
-            return self._change_late(change, bit, tier, hashes)
-        same = change(self._tiers[tier], bit, hashes.tolist())
-        return len(hashes) - len(same), reduce(xor, same, xor_all(hashes))
-
-    def _change_late(self, change: Change, bit: int, number: int, hashes: array[int]) -> tuple[int, int]:
-        """The same while a sweep walks ``tier``: no key enters it or leaves it."""
+    def _change_late(self, change: Change, bit: int, number: int, keys: Sequence[int]) -> list[int]:
+        """The same while a sweep walks ``tier``: no key enters it or leaves it. A target that left has no ``bit``."""
+        if not bit:
+            return list(keys)
         tier, late, gone = self._tiers[number], self._late[number], self._gone[number]
-        keys = hashes.tolist()
         here = [key for key in keys if key in tier]
         same = change(late, bit, [key for key in keys if key not in tier])
         if change == self._store:
-            same += change(tier, bit, here)
-        else:
-            left = dict(zip(here, map(tier.__getitem__, here), strict=True))
-            known = set(left)
-            same += change(left, bit, here)
-            for key, held in left.items():
-                tier[key] = held
-            for key in known - left.keys():
-                tier[key] = 0
-                gone.append(key)
-        return len(keys) - len(same), reduce(xor, same, xor_all(hashes))
+            return same + change(tier, bit, here)
+        left = {key: held for key in here if (held := tier[key])}
+        known = set(left)
+        same += change(left, bit, here)
+        tier.update(left)
+        for key in known - left.keys():
+            tier[key] = 0
+            gone.append(key)
+        return same
 
-    def _store(self, tier: dict[int, int], bit: int, keys: list[int]) -> list[int]:
-        """The keys that ``bit`` had before. Neighbours mostly have the same holders, whose union is then made once."""
-        get, share = tier.get, self._shared.setdefault
+    def _store(self, tier: dict[int, int], bit: int, keys: Sequence[int]) -> list[int]:
+        """The keys that ``bit`` had before, in few passes over all of them: mostly all are new, or the first ones are
+        held by the same others and the rest is new."""
+        size, count = len(tier), len(keys)
+        held = list(map(tier.setdefault, keys, repeat(bit)))
+        known = count - len(tier) + size
+        if not known:
+            return []
+        share, first = self._share, held[0]
+        # None of the first ones had the bit, and as many keys entered as there are others: the others are those.
+        if not first & bit and held[:known].count(first) == known:
+            wider = dict.fromkeys(keys[:known], share(first | bit))
+            if len(wider) == known:
+                tier.update(wider)
+                return []
+        new = set(islice(reversed(tier), count - known))  # a dict keeps the order in which keys entered
         same = []
         before, after = 0, bit
         for key in keys:
-            held = get(key, 0)
-            if held != before:
-                if held & bit:
+            now = tier[key]
+            if now & bit:
+                if key in new:
+                    new.discard(key)
+                else:
                     same.append(key)
-                    continue
-                before = held
-                after = share(held | bit, held | bit)
+                continue
+            if now != before:
+                before, after = now, share(now | bit)
             tier[key] = after
         return same
 
-    def _remove(self, tier: dict[int, int], bit: int, keys: list[int]) -> list[int]:
-        """The keys that ``bit`` did not have."""
-        get, share = tier.get, self._shared.setdefault
+    def _remove(self, tier: dict[int, int], bit: int, keys: Sequence[int]) -> list[int]:
+        """The keys that ``bit`` did not have. Mostly it is the only holder of all: they leave, and others come back."""
+        held = list(map(tier.pop, keys, repeat(0)))
+        if held.count(bit) == len(keys):
+            return []
         same = []
-        for key in keys:
-            held = get(key, 0)
-            if held == bit:
-                del tier[key]
-            elif held & bit:
-                held ^= bit
-                tier[key] = share(held, held)
-            else:
+        for key, before in zip(keys, held, strict=True):
+            after = before & ~bit
+            if after:
+                tier[key] = self._share(after)
+            if after == before:
                 same.append(key)
         return same
+
+    def _share(self, held: int) -> int:
+        """One object for equal sets."""
+        if len(self._shared) > _MAX_SHARED:
+            self._shared.clear()
+        return self._shared.setdefault(held, held)
 
     # Prompts
 
@@ -283,7 +294,7 @@ class KvIndex:
                     into[slot] = many
 
 
-Change = Callable[[dict[int, int], int, list[int]], list[int]]
+Change = Callable[[dict[int, int], int, Sequence[int]], list[int]]
 
 
 def _count(planes: list[int], mask: int, times: int) -> None:

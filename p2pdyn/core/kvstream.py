@@ -13,8 +13,11 @@ The rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from math import inf
+from operator import xor
 
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.wire.events import KvBatch, KvDigest
@@ -23,8 +26,10 @@ from p2pdyn.wire.kvpack import (
     HASH_BYTES,
     STORED,
     TIERS,
-    Op,
+    Run,
     combine,
+    hashes_of,
+    lanes,
     unpack_ops,
     unpack_replay,
     unpack_snapshot,
@@ -151,8 +156,8 @@ class KvStream:
             if base is not None:
                 self._index.drop(base.slot)
         self._base = self._filling = None
-        self._rest: Iterator[Op] = iter(())  # of the snapshot that fills self._filling
-        self._part: deque[Op] = deque()  # of batch seq + 1, the first of which are applied
+        self._rest: Iterator[Run] = iter(())  # of the snapshot that fills self._filling
+        self._part: deque[Run] = deque()  # of batch seq + 1, the first of which are applied
         self._top = 0  # the highest seq known to exist
         self._number = 0  # the last digest's
         self._buffer: dict[int, bytes] = {}
@@ -162,6 +167,7 @@ class KvStream:
         self._snapshot_at = 0.0
         self._delay = FETCH_RETRY_S
         self._proved = False
+        self._calm_until = -inf
         self._heard = 0.0  # when a digest last matched or a repair was complete
         self._wrong = ""
         self._full = ""
@@ -184,8 +190,32 @@ class KvStream:
 
     def handle(self, event: Event, now: float) -> list[Fetch]:
         """Take one event. Raises nothing, whatever a peer sent."""
-        if self.state == EXACT and type(event) is KvBatch and self._take_next(event, now):
-            return []
+        if type(event) is KvBatch and now < self._calm_until and self._take_next(event):
+            if not (self._wrong or self._full):
+                return []
+        else:
+            self._dispatch(event, now)
+        self._fill(now)
+        self._drain(now)
+        fetches = self._ask(now)
+        self._judge(now)
+        return fetches
+
+    def _take_next(self, batch: KvBatch) -> bool:
+        """Apply what almost every message is: the batch behind the last, and not a large one. False if it is not that.
+
+        The stream is calm: nothing is missing, buffered or being filled, so that there is nothing to ask for or judge
+        behind it either.
+        """
+        _, epoch, _, seq, ops = batch
+        base = self._base
+        if base is None or seq != base.seq + 1 or epoch != self.epoch or len(ops) > SLICE * HASH_BYTES:
+            return False
+        self._top = seq
+        self._apply(base, ops)
+        return True
+
+    def _dispatch(self, event: Event, now: float) -> None:
         match event:
             case KvBatch():
                 if self._up and self._is_current(event.epoch):
@@ -207,29 +237,6 @@ class KvStream:
                 self._reset()
             case Tick():
                 pass
-        self._fill(now)
-        self._drain(now)
-        fetches = self._ask(now)
-        self._judge(now)
-        return fetches
-
-    def _take_next(self, batch: KvBatch, now: float) -> bool:
-        """What almost every message is: the next batch of an exact stream, exact behind it too.
-
-        Exact means that nothing is missing, buffered, open or being filled, so that there is nothing to ask or judge.
-        """
-        base = self._base
-        assert base is not None
-        if (
-            batch.seq != base.seq + 1
-            or batch.epoch != self.epoch
-            or len(batch.ops) > SLICE * HASH_BYTES
-            or now >= self._heard + STALE_S
-        ):
-            return False
-        self._top = batch.seq
-        self._apply(base, batch.ops)
-        return not (self._wrong or self._full)
 
     def next_deadline(self) -> float | None:
         """In the past while a snapshot, a replay or a large batch is being applied."""
@@ -292,11 +299,10 @@ class KvStream:
 
     def _apply(self, base: _Base, data: bytes) -> None:
         """Apply batch ``base.seq + 1``, all or nothing."""
-        for op in self._unpack(base, data):
-            self._change(base, op)
+        self._change(base, self._unpack(base, data))
         base.seq += 1
 
-    def _unpack(self, base: _Base, data: bytes) -> list[Op]:
+    def _unpack(self, base: _Base, data: bytes) -> list[Run]:
         try:
             return unpack_ops(data)
         except WireError as error:
@@ -304,25 +310,36 @@ class KvStream:
             self._wrong = f"batch {base.seq + 1} was malformed ({error})"
             return []
 
-    def _change(self, base: _Base, op: Op) -> None:
-        kind, tier, hashes = op
-        if kind == CLEARED:
-            self._full = ""
-            if base.blocks:
-                self._index.drop(base.slot)
-                base.slot, base.blocks, base.xors = self._index.add(), 0, [0] * TIERS
-        elif kind == STORED:
-            room = min(self._max_blocks - base.blocks, self._index.room())
-            if len(hashes) > room:
-                self._full = f"it holds more blocks than the {base.blocks} for which there is room"
-                hashes = hashes[: max(0, room)]
-            count, xor = self._index.store(base.slot, tier, hashes)
-            base.blocks += count
-            base.xors[tier] ^= xor
-        else:
-            count, xor = self._index.remove(base.slot, tier, hashes)
-            base.blocks -= count
-            base.xors[tier] ^= xor
+    def _change(self, base: _Base, runs: Iterable[Run]) -> None:
+        for kind, tier, packed in runs:
+            count = len(packed) // HASH_BYTES
+            if kind == CLEARED:
+                self._clear(base)
+                continue
+            if kind == STORED:
+                if count > self._max_blocks - base.blocks or count > self._index.room():
+                    packed = self._cut(base, packed)
+                    count = len(packed) // HASH_BYTES
+                same = self._index.store(base.slot, tier, hashes_of(packed))
+                base.blocks += count - len(same)
+            else:
+                same = self._index.remove(base.slot, tier, hashes_of(packed))
+                base.blocks -= count - len(same)
+            base.xors[tier] ^= lanes(packed)
+            if same:
+                base.xors[tier] ^= reduce(xor, same)
+
+    def _clear(self, base: _Base) -> None:
+        self._full = ""
+        if base.blocks:
+            self._index.drop(base.slot)
+            base.slot, base.blocks, base.xors = self._index.add(), 0, [0] * TIERS
+
+    def _cut(self, base: _Base, packed: bytes) -> bytes:
+        """As many of these blocks as there is room for."""
+        self._full = f"it holds more blocks than the {base.blocks} for which there is room"
+        room = min(self._max_blocks - base.blocks, self._index.room())
+        return packed[: HASH_BYTES * max(0, room)]
 
     def _hold(self, seq: int, ops: bytes) -> None:
         self._buffered += len(ops) - len(self._buffer.get(seq, b""))
@@ -344,9 +361,9 @@ class KvStream:
             if not self._part:
                 self._part = deque(_slices(self._unpack(base, ops)))
             while self._part and budget > 0:
-                op = self._part.popleft()
-                self._change(base, op)
-                budget -= 1 + len(op.hashes)
+                run = self._part.popleft()
+                self._change(base, (run,))
+                budget -= 1 + len(run[2]) // HASH_BYTES
             if not self._part:
                 base.seq += 1
                 self._buffered -= len(self._buffer.pop(base.seq))
@@ -363,9 +380,9 @@ class KvStream:
         if base is None:
             return
         budget = SLICE
-        for op in self._rest:
-            self._change(base, op)
-            budget -= len(op.hashes)
+        for run in self._rest:
+            self._change(base, (run,))
+            budget -= len(run[2]) // HASH_BYTES
             if budget <= 0:
                 return
         if self._base:
@@ -437,7 +454,7 @@ class KvStream:
         self._open = None
         self._full = ""
         self._filling = _Base(self._index.add(), snapshot.seq)
-        self._rest = _slices(snapshot.ops)
+        self._rest = _slices(snapshot.runs)
         self._top = max(self._top, snapshot.seq)
 
     def _on_replay(self, data: bytes | None, now: float) -> None:
@@ -466,6 +483,8 @@ class KvStream:
     def _judge(self, now: float) -> None:
         before = self.state
         self.state, self.why = self._verdict(now)
+        calm = self.state == EXACT or (self.state == REPLAYING and not self._buffer and not self._filling)
+        self._calm_until = self._heard + STALE_S if calm else -inf
         if self.state != EXACT:
             self._proved = False
         if self.state != before:
@@ -491,7 +510,7 @@ class KvStream:
         return REPLAYING, "no digest has confirmed the repair yet"
 
 
-def _slices(ops: list[Op]) -> Iterator[Op]:
-    for kind, tier, hashes in ops:
-        for at in range(0, len(hashes), SLICE):
-            yield Op(kind, tier, hashes[at : at + SLICE])
+def _slices(runs: list[Run]) -> Iterator[Run]:
+    for kind, tier, packed in runs:
+        for at in range(0, len(packed), SLICE * HASH_BYTES):
+            yield kind, tier, packed[at : at + SLICE * HASH_BYTES]

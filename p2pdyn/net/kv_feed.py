@@ -48,9 +48,8 @@ class KvFeed:
         self._sources: dict[NodeId, Source] = {}
         self._queues: dict[NodeId, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._slots: dict[Key, int | None] = {}
+        self._told: dict[Key, tuple[int | None, str]] = {}  # the slot and state that were told of
         self._busy: set[Key] = set()
-        self._states: dict[Key, str] = {}
         self.retired: Counter[str] = Counter()
         """Counters of streams that are no more."""
 
@@ -62,30 +61,30 @@ class KvFeed:
             key = (source.worker, rank)
             if key not in self.streams:
                 self.streams[key] = KvStream(self.index, rank)
-            self._handle(key, Up())
+            self._handle(key, self.streams[key], Up())
 
     def lost(self, worker: NodeId) -> None:
         """The worker is dead or its link is down: its blocks leave at once."""
         self._sources.pop(worker, None)
         self._queues.pop(worker, None)
         for key in [key for key in self.streams if key[0] == worker]:
-            self._handle(key, Lost())
+            self._handle(key, self.streams[key], Lost())
             self.retired.update(asdict(self.streams.pop(key).counters))
-            self._slots.pop(key, None)
-            self._states.pop(key, None)
+            self._told.pop(key, None)
 
     def received(self, worker: NodeId, message: KvBatch | KvDigest) -> None:
         """From the worker's event link."""
         key = (worker, message.rank)
-        if key in self.streams and message.worker == worker:
-            self._handle(key, message)
+        stream = self.streams.get(key)
+        if stream is not None and message.worker == worker:
+            self._handle(key, stream, message)
 
     def tick(self, now: float) -> None:
         """Several times a second."""
         for key, stream in list(self.streams.items()):
             due = stream.next_deadline()
             if due is not None and due <= now:
-                self._handle(key, Tick())
+                self._handle(key, stream, Tick())
         self.index.sweep(SWEEP)
 
     def close(self) -> None:
@@ -104,17 +103,12 @@ class KvFeed:
         held = self.index.held(stream.slot) if stream.slot is not None else set()
         return {"stream": stream.state, "epoch": stream.epoch, "seq": stream.seq, "blocks": hex_blocks(held)}
 
-    def _handle(self, key: Key, event: Event) -> None:
-        stream = self.streams[key]
+    def _handle(self, key: Key, stream: KvStream, event: Event) -> None:
         for fetch in stream.handle(event, self._loop.time()):
             self._start(key, fetch)
-        slot = stream.slot
-        if slot != self._slots.get(key):
-            self._slots[key] = slot
-            self._on_slot(key, slot)
-        if stream.state != self._states.get(key):
-            self._told(key, stream)
-        if stream.next_deadline() == 0.0 and key not in self._busy:
+        if self._told.get(key) != (stream.slot, stream.state):
+            self._tell(key, stream)
+        if stream.state != EXACT and stream.next_deadline() == 0.0 and key not in self._busy:
             self._busy.add(key)
             self._loop.call_soon(self._slice, key)
 
@@ -122,10 +116,15 @@ class KvFeed:
         """The next part of a snapshot or replay, with a turn of the loop between any two."""
         self._busy.discard(key)
         if key in self.streams:
-            self._handle(key, Tick())
+            self._handle(key, self.streams[key], Tick())
 
-    def _told(self, key: Key, stream: KvStream) -> None:
-        was, self._states[key] = self._states.get(key), stream.state
+    def _tell(self, key: Key, stream: KvStream) -> None:
+        slot, was = self._told.get(key, (None, None))
+        self._told[key] = stream.slot, stream.state
+        if stream.slot != slot:
+            self._on_slot(key, stream.slot)
+        if stream.state == was:
+            return
         why = f": {stream.why}" if stream.why else ""
         level = logging.DEBUG if stream.state == EXACT or was is None else logging.INFO
         log.log(level, "KV stream of worker %s rank %d is %s%s", *key, stream.state, why)
@@ -155,4 +154,4 @@ class KvFeed:
 
     def _answered(self, key: Key, answer: Fetched | FetchFailed) -> None:
         if key in self.streams:
-            self._handle(key, answer)
+            self._handle(key, self.streams[key], answer)

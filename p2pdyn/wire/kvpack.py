@@ -30,7 +30,11 @@ _LENGTH = struct.Struct("<I")
 _REPLAY = struct.Struct("<QQ")
 _SNAPSHOT = struct.Struct("<QQI")
 _SWAP = sys.byteorder == "big"
+_CLEARED = CLEARED << 4
+_HEADS = frozenset([_CLEARED, *(kind << 4 | tier for kind in (STORED, REMOVED) for tier in range(TIERS))])
 _FOLD_FROM = 24
+_MAX_LANES = 1024
+"""Bytes: with every run a sum as long as the longest one is read."""
 
 
 class Op(NamedTuple):
@@ -39,6 +43,10 @@ class Op(NamedTuple):
     kind: int
     tier: int
     hashes: array[int]
+
+
+Run = tuple[int, int, bytes]
+"""An op as it was received: kind, tier, and its hashes as they are packed, of which :func:`hashes_of` makes numbers."""
 
 
 class Replay(NamedTuple):
@@ -54,7 +62,7 @@ class Snapshot(NamedTuple):
 
     epoch: int
     seq: int
-    ops: list[Op]
+    runs: list[Run]
 
 
 def pack_ops(ops: Iterable[Op]) -> bytes:
@@ -65,26 +73,29 @@ def pack_ops(ops: Iterable[Op]) -> bytes:
     return b"".join(parts)
 
 
-def unpack_ops(data: bytes) -> list[Op]:
+def unpack_ops(data: bytes) -> list[Run]:
     """Raises WireError."""
-    ops: list[Op] = []
+    runs: list[Run] = []
     at, end = 0, len(data)
     while at < end:
         if end - at < OP_BYTES:
             raise WireError("KV ops: truncated")
         head, count = _OP.unpack_from(data, at)
-        kind, tier = head >> 4, head & 15
         start = at + OP_BYTES
         at = start + count * HASH_BYTES
-        if kind > CLEARED or tier >= TIERS or (kind == CLEARED and tier):
+        if head not in _HEADS:
             raise WireError("KV ops: unknown kind or tier")
-        if (count == 0) is not (kind == CLEARED) or at > end:
+        if (count == 0) is not (head == _CLEARED) or at > end:
             raise WireError("KV ops: a count that does not fit")
-        if len(ops) == MAX_RUNS:
+        if len(runs) == MAX_RUNS:
             raise WireError(f"KV ops: more than {MAX_RUNS}")
-        hashes = array("Q", data[start:at])
-        ops.append(Op(kind, tier, little(hashes) if _SWAP else hashes))
-    return ops
+        runs.append((head >> 4, head & 15, data[start:at]))
+    return runs
+
+
+def hashes_of(packed: bytes) -> tuple[int, ...]:
+    """The sequence hashes of a :data:`Run`."""
+    return struct.unpack(f"<{len(packed) // HASH_BYTES}Q", packed)
 
 
 def pack_replay(epoch: int, first: int, batches: Iterable[bytes]) -> bytes:
@@ -122,32 +133,43 @@ def unpack_snapshot(data: bytes) -> Snapshot:
     if len(data) < _SNAPSHOT.size:
         raise WireError("KV snapshot: truncated")
     epoch, seq, count = _SNAPSHOT.unpack_from(data)
-    ops = unpack_ops(data[_SNAPSHOT.size :])
-    if len(ops) != count or any(op.kind != STORED for op in ops):
+    runs = unpack_ops(data[_SNAPSHOT.size :])
+    if len(runs) != count or any(kind != STORED for kind, _, _ in runs):
         raise WireError("KV snapshot: not as many stored ops as it says")
-    return Snapshot(epoch, seq, ops)
+    return Snapshot(epoch, seq, runs)
 
 
 def combine(xors: list[int]) -> int:
-    """``KvDigest.xor`` of the XOR over each tier's hashes: the tiers' are rotated by 0, 21 and 42 bits.
+    """``KvDigest.xor`` of the XOR over each tier's hashes, in lanes: the tiers' are rotated by 0, 21 and 42 bits.
 
     Rotation and not a constant: XORing a constant in cancels whenever an even number of blocks is in a wrong tier.
     """
-    device, host, disk = xors
+    device, host, disk = map(fold, xors)
     return device ^ _rotate(host, 21) ^ _rotate(disk, 42)
+
+
+def lanes(packed: bytes) -> int:
+    """A number whose lanes of 64 bits, XORed, are the XOR over the hashes of a :data:`Run`. Such numbers may be XORed
+    with one another and with hashes, so that who sums up many small runs folds once (:func:`combine`)."""
+    number = int.from_bytes(packed, "little")
+    return number if len(packed) <= _MAX_LANES else fold(number)
+
+
+def fold(number: int) -> int:
+    """The XOR over a number's lanes of 64 bits."""
+    count = (number.bit_length() + 63) // 64
+    while count > 1:  # folded in half: less than half the time of one XOR after the other
+        count = (count + 1) // 2
+        bits = 64 * count
+        number = number >> bits ^ number & (1 << bits) - 1
+    return number
 
 
 def xor_all(hashes: array[int]) -> int:
     """The XOR over ``hashes``."""
-    count = len(hashes)
-    if count < _FOLD_FROM:
+    if len(hashes) < _FOLD_FROM:
         return reduce(xor, hashes, 0)
-    folded = int.from_bytes(hashes.tobytes(), sys.byteorder)
-    while count > 1:  # one number of all, folded in half: less than half the time of one XOR after the other
-        count = (count + 1) // 2
-        bits = 64 * count
-        folded = folded >> bits ^ folded & (1 << bits) - 1
-    return folded
+    return fold(int.from_bytes(hashes, sys.byteorder))
 
 
 def _rotate(value: int, bits: int) -> int:

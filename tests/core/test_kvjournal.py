@@ -11,6 +11,7 @@ from p2pdyn.wire.kvpack import (
     REMOVED,
     STORED,
     combine,
+    hashes_of,
     unpack_ops,
     unpack_replay,
     unpack_snapshot,
@@ -32,7 +33,7 @@ def stores(count: int) -> BlocksStored:
 
 
 def kinds(ops: bytes) -> list[tuple[int, int, int]]:
-    return [(kind, tier, len(hashes)) for kind, tier, hashes in unpack_ops(ops)]
+    return [(kind, tier, len(hashes_of(packed))) for kind, tier, packed in unpack_ops(ops)]
 
 
 def test_a_step_is_one_batch_with_runs_of_alike_ops() -> None:
@@ -97,7 +98,8 @@ def test_a_large_step_is_split_by_bytes_and_by_ops() -> None:
     assert [kinds(batch.ops) for batch in by_bytes] == [[(STORED, 0, 3)], [(STORED, 0, 3)], [(STORED, 0, 1)]]
     assert [batch.seq for batch in by_bytes + by_ops] == [1, 2, 3, 4, 5]
     assert all(len(batch.ops) <= 29 for batch in by_bytes + by_ops)
-    told = [(kind, tier, one) for batch in by_ops for kind, tier, hashes in unpack_ops(batch.ops) for one in hashes]
+    runs = [run for batch in by_ops for run in unpack_ops(batch.ops)]
+    told = [(kind, tier, one) for kind, tier, packed in runs for one in hashes_of(packed)]
     assert [entry[:2] for entry in told] == [(REMOVED, 0), (STORED, 1), (REMOVED, 0), (REMOVED, 1)]
 
 
@@ -126,11 +128,11 @@ def test_a_snapshot_is_the_live_set_at_its_seq() -> None:
     worker = journal()
     worker.take([stores(20_000), store(1, tier=1)])
     worker.take([BlocksRemoved((1,))])
-    epoch, seq, ops = unpack_snapshot(worker.snapshot())
+    epoch, seq, runs = unpack_snapshot(worker.snapshot())
 
     assert (epoch, seq) == (7, 2)
-    assert {(one, tier) for _, tier, hashes in ops for one in hashes} == worker.held()
-    assert sum(len(hashes) for _, _, hashes in ops) == 20_000
+    assert {(one, tier) for _, tier, packed in runs for one in hashes_of(packed)} == worker.held()
+    assert sum(len(hashes_of(packed)) for _, _, packed in runs) == 20_000
 
 
 def test_a_raised_epoch_keeps_the_cache_and_begins_to_count_again() -> None:
