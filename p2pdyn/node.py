@@ -123,6 +123,7 @@ class Node:
         self.mesh.on_admin("reach", reach)
         self.mesh.on_admin("explain", self._explain)
         self.mesh.on_admin("kv", self._kv)
+        self.mesh.on_admin("transfers", self._report_transfers)
         if config.http is not None:
             await self._start_http(sockets)
         if reload is not None:
@@ -251,11 +252,15 @@ class Node:
             raise StartError(str(error)) from None
         digest = await asyncio.to_thread(digest_of, info.card)
         self.worker.serve(runner, info, [info.model], digest)
-        if transfers := self._transfers(runner, info):
+        transfers = self._transfers(runner, info)
+        if transfers is not None:
             self.worker.transfers = transfers
             self.stack.push_async_callback(transfers.close)
         models = (serving.served_model(info, digest),)
         self._tell(state=READY, progress=1.0, detail="", engine=info.engine, engine_version=info.version, models=models)
+        if transfers is not None:
+            for peer in list(self.mesh.peers.values()):
+                transfers.meet(peer.id)
 
     def _transfers(self, runner: Runner, info: EngineInfo) -> Transfers | None:
         """For an engine whose KV memory we can reach."""
@@ -369,6 +374,14 @@ class Node:
         held: dict[str, Any] = self.dispatcher.feed.dump(worker, rank)
         return held
 
+    def _report_transfers(self, args: dict[str, Any]) -> dict[str, Any]:
+        """This worker's leases, pulls and reads, and its load."""
+        if self.worker is None or self.worker.transfers is None:
+            raise LookupError("this peer moves no KV blocks: it has no engine whose KV memory it can reach")
+        load = self.worker.load
+        own = {"active_requests": load.active_requests, "queued": load.queued, "kv_used": load.kv_used}
+        return {**own, **self.worker.transfers.report()}
+
     def report(self) -> dict[str, Any]:
         """What `p2pdyn peers --json` prints."""
         loads: dict[NodeId, Load] = {}
@@ -394,6 +407,8 @@ class Node:
                 for p in self.mesh.peers.values()
                 if p.state in ("alive", "suspect")
             )
+        if self.worker is not None and self.worker.transfers is not None:
+            self.worker.transfers.meet(peer.id)
         if self.seen is not None:
             self.seen(peer.id, peer.info.state if peer.state == "alive" else peer.state)
 

@@ -91,4 +91,26 @@ def mesh_metrics(mesh: Mesh, worker: WorkerService | None) -> list[Metric]:
             ("p2pdyn_worker_tokens_total", "counter", "Tokens sent.", [({}, float(worker.generated_tokens))]),
             ("p2pdyn_worker_malformed_total", "counter", "Unreadable requests.", [({}, float(worker.malformed))]),
         ]
+        if worker.transfers is not None:
+            rows += _transfer_metrics(worker.transfers.report())
     return rows
+
+
+def _transfer_metrics(report: dict[str, Any]) -> list[Metric]:
+    """``report`` as :meth:`p2pdyn.net.transfers.Transfers.report` gives it."""
+
+    def by(label: str, counts: Mapping[str, int]) -> list[tuple[dict[str, str], float]]:
+        return [({label: name}, float(count)) for name, count in counts.items()]
+
+    return [
+        ("p2pdyn_kv_leases", "gauge", "Leases on our KV blocks by state.", by("state", report["leases"])),
+        ("p2pdyn_kv_blocks_lent", "gauge", "KV blocks in leases.", [({}, float(report["blocks_lent"]))]),
+        ("p2pdyn_kv_leases_expired_total", "counter", "Leases that expired.", [({}, float(report["expired"]))]),
+        ("p2pdyn_kv_claims_refused_total", "counter", "Claims refused.", [({}, float(report["refused"]))]),
+        ("p2pdyn_kv_pulls", "gauge", "Pulls of others' KV blocks by state.", by("state", report["pulls"])),
+        ("p2pdyn_kv_pulls_total", "counter", "Pulls by outcome.", by("outcome", report["outcomes"])),
+        ("p2pdyn_kv_pull_failures_total", "counter", "Pulls that failed, by reason.", by("why", report["failures"])),
+        ("p2pdyn_kv_reads", "gauge", "Reads under way.", [({}, float(report["reads"]))]),
+        ("p2pdyn_kv_read_bytes_total", "counter", "Bytes read.", [({}, float(report["bytes_read"]))]),
+        ("p2pdyn_kv_read_bytes_per_second", "gauge", "Speed of reads.", [({}, float(report["bandwidth"]))]),
+    ]

@@ -153,13 +153,11 @@ class Transfers:
         else:
             self._carry_out(self.lender.pinned(note, now))
 
-    def meet(self, owners: Iterable[NodeId]) -> None:
-        """We shall pull from these: set the connections up now, before a request waits for them."""
-        now = self._loop.time()
-        for node in owners:
-            owner = self._owner(node)
-            if owner is not None:
-                self._source(node, owner.epoch, now)
+    def meet(self, node: NodeId) -> None:
+        """A peer has changed: if we shall pull from it, set the connection up now, before a request waits for that."""
+        owner = self._owner(node)
+        if owner is not None and owner.ready:
+            self._source(node, owner.epoch, self._loop.time())
 
     # Owners.
 
