@@ -37,6 +37,8 @@ class EngineOptions:
     role: str = "aggregated"
     host: str = "127.0.0.1"
     side_port: int = 0
+    kv_memory: int = -1
+    """File to keep the KV memory in, where the peer maps it too (:mod:`p2pdyn.engines.memory`); -1: none."""
 
 
 @dataclass(slots=True)
@@ -55,7 +57,8 @@ class Sequence:
     """Prefill only: compute all of ``tokens``, keep their KV blocks, tell them as :class:`Held`, produce no token."""
     pull: int = 0
     """So many leading full blocks are expected from another worker: the engine reserves those that its own cache lacks,
-    tells them as :class:`Reserved`, and goes on with the sequence at :class:`Settle`. 0: nothing is expected."""
+    tells them as :class:`Reserved`, and goes on with the sequence at :class:`Settle`. 0: nothing is expected, as always
+    with ``hand_over``."""
     remote: bytes = b""
     """For an engine that moves KV by itself (``EngineInfo.moves_kv``): what the other's :attr:`Held.params` said."""
 
@@ -106,7 +109,7 @@ KvEvent = BlocksStored | BlocksRemoved | BlocksCleared
 
 
 # Between the engine and the peer's transfer (docs/design/kv-transfer.md). Blocks are the engine's own numbers, keys
-# the 16 bytes that name a block and all before it (:func:`p2pdyn.engines.paged.next_key`).
+# the 16 bytes that name a block and all before it (:class:`p2pdyn.engines.paged.BlockNames`).
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +178,11 @@ class Step:
     outputs: list[Output] = field(default_factory=list)
     kv: list[KvEvent] = field(default_factory=list)
     transfers: list[TransferNote] = field(default_factory=list)
+
+    def ended(self) -> list[int]:
+        """Keys of the sequences of which no more comes; a Held is the end of a sequence, too."""
+        ends = [output.key for output in self.outputs if output.finish]
+        return [*ends, *(note.key for note in self.transfers if isinstance(note, Held))] if self.transfers else ends
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,21 +11,33 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from p2pdyn.core.types import Load
 from p2pdyn.engines import frames
-from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, EngineUsageError, Progress, Sequence, Step
+from p2pdyn.engines.base import (
+    EngineError,
+    EngineInfo,
+    EngineOptions,
+    EngineUsageError,
+    Progress,
+    Sequence,
+    Step,
+    TransferOrder,
+)
 from p2pdyn.engines.frames import (
     FrameBuffer,
     FrameError,
     frame,
     pack_options,
+    pack_order,
     pack_sequence,
     unpack_info,
     unpack_load,
     unpack_step,
 )
+from p2pdyn.engines.memory import attach
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +64,7 @@ class ChildRunner:
         self.on_step = on_step
         self.on_death = on_death
         self.load = Load()
+        self.memory: memoryview | None = None
         self.steps = 0
         self.last_step_s = 0.0
         self._name = name
@@ -82,18 +95,31 @@ class ChildRunner:
         self._ready: asyncio.Future[EngineInfo] = self._loop.create_future()
         self._exited = asyncio.Event()
         self._lost = asyncio.Event()
+        kv_memory = _memory_file()
         try:
-            await self._spawn()
-            return await self._ready
+            await self._spawn(kv_memory)
+            return self._attach(await self._ready, kv_memory)
         except BaseException:
             await self.close(ask=0.0)
             raise
+        finally:
+            if kv_memory >= 0:
+                os.close(kv_memory)  # a mapping has its own
 
-    async def _spawn(self) -> None:
+    def _attach(self, info: EngineInfo, kv_memory: int) -> EngineInfo:
+        if info.block_bytes:
+            try:
+                self.memory = attach(info.kv_blocks, info.block_bytes, kv_memory)
+            except (OSError, ValueError) as error:
+                log.warning("KV blocks of this worker can not be moved: its memory is not shared (%s)", error)
+                return replace(info, block_bytes=0)
+        return info
+
+    async def _spawn(self, kv_memory: int) -> None:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                self._process = _popen(theirs)
+                self._process = _popen(theirs, kv_memory)
             self._pidfd = os.pidfd_open(self._process.pid)
             self._loop.add_reader(self._pidfd, self._on_exit)
             ours.setblocking(False)
@@ -101,7 +127,8 @@ class ChildRunner:
         except BaseException:
             ours.close()
             raise
-        self._link.write(frame(pack_options(self._name, self._module, self._options, os.getpid())))
+        options = replace(self._options, kv_memory=kv_memory)
+        self._link.write(frame(pack_options(self._name, self._module, options, os.getpid())))
 
     # ---- work
 
@@ -119,6 +146,11 @@ class ChildRunner:
             if key in self._open:
                 self._open.discard(key)
                 self._queue(key)
+
+    def transfer(self, orders: list[TransferOrder]) -> None:
+        if not self._over:
+            for order in orders:
+                self._queue(pack_order(order))
 
     def _queue(self, item: object) -> None:
         if not self._work:
@@ -165,9 +197,7 @@ class ChildRunner:
         self.load = unpack_load(content[-1])
         self.steps += 1
         self.last_step_s = self._loop.time()
-        for output in step.outputs:
-            if output.finish:
-                self._open.discard(output.key)
+        self._open.difference_update(step.ended())
         self.on_step(step)
 
     def on_lost(self) -> None:
@@ -213,6 +243,7 @@ class ChildRunner:
     async def close(self, ask: float = ASK_S) -> None:
         """Ask for ``ask`` seconds, then SIGTERM, then SIGKILL, each to the whole group."""
         self._over = True
+        self.memory = None
         if self._process is None:
             return
         if self._link is not None and not self._link.is_closing() and ask:
@@ -235,13 +266,21 @@ class ChildRunner:
                     await self._lost.wait()
 
 
-def _popen(theirs: socket.socket) -> subprocess.Popen[bytes]:
+def _memory_file() -> int:
+    """For the engine's KV memory; it takes none until the engine gives it a size. -1 if there can be none."""
+    try:
+        return os.memfd_create("p2pdyn-kv")
+    except OSError:
+        return -1
+
+
+def _popen(theirs: socket.socket, kv_memory: int) -> subprocess.Popen[bytes]:
     """Start the child (2 ms, vfork); what an engine prints goes to stderr, for stdout is the `ready` line's."""
     return subprocess.Popen(
         [sys.executable, "-m", "p2pdyn.engines.host", str(theirs.fileno())],
         stdin=subprocess.DEVNULL,
         stdout=2,
-        pass_fds=[theirs.fileno()],
+        pass_fds=[descriptor for descriptor in (theirs.fileno(), kv_memory) if descriptor >= 0],
         process_group=0,
     )
 

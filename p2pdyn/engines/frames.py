@@ -26,10 +26,17 @@ from p2pdyn.engines.base import (
     BlocksStored,
     EngineInfo,
     EngineOptions,
+    Held,
     KvEvent,
     Output,
+    Pin,
+    Release,
+    Reserved,
     Sequence,
+    Settle,
     Step,
+    TransferNote,
+    TransferOrder,
 )
 
 MAX_FRAME = 256 * 2**20
@@ -109,6 +116,7 @@ def pack_options(name: str, module: str, options: EngineOptions, parent: int) ->
         options.role,
         options.host,
         options.side_port,
+        options.kv_memory,
     ]
 
 
@@ -122,16 +130,48 @@ def pack_sequence(sequence: Sequence) -> list[Any]:
     """A submit; an abort is just its key."""
     params = sequence.params
     plain = {name: value for name, default in _PARAM_DEFAULTS if (value := getattr(params, name)) != default}
-    return [sequence.key, sequence.tokens.tobytes(), sequence.prompt_len, plain, sequence.traceparent, sequence.rank]
+    return [
+        sequence.key,
+        sequence.tokens.tobytes(),
+        sequence.prompt_len,
+        plain,
+        sequence.traceparent,
+        sequence.rank,
+        sequence.hand_over,
+        sequence.pull,
+        sequence.remote,
+    ]
 
 
 def unpack_sequence(item: list[Any]) -> Sequence:
-    key, data, prompt_len, plain, traceparent, rank = item
+    key, data, prompt_len, plain, *more = item
     params = SamplingParams(**plain)
     params.stop_token_ids = tuple(params.stop_token_ids)
     tokens = array("I")
     tokens.frombytes(data)
-    return Sequence(key, tokens, prompt_len, params, traceparent, rank)
+    return Sequence(key, tokens, prompt_len, params, *more)
+
+
+def pack_order(order: TransferOrder) -> list[Any]:
+    """Told from a submit by its first item, a name."""
+    match order:
+        case Pin(key, keys):
+            return ["pin", key, keys]
+        case Release(key):
+            return ["release", key]
+        case Settle(key, filled, over):
+            return ["settle", key, filled, over]
+
+
+def unpack_order(item: list[Any]) -> TransferOrder:
+    match item:
+        case ["pin", int(key), list(keys)]:
+            return Pin(key, tuple(keys))
+        case ["release", int(key)]:
+            return Release(key)
+        case ["settle", int(key), int(filled), bool(over)]:
+            return Settle(key, filled, over)
+    raise FrameError("an order has a wrong shape")
 
 
 # ---- to the peer
@@ -160,18 +200,19 @@ def pack_step(step: Step, load: Load) -> list[Any]:
             rows.append(
                 [output.key, output.tokens, output.finish, output.cached, output.logprobs, output.detail],
             )
-    return [STEP, keys, tokens, rows, [_pack_kv(event) for event in step.kv], pack_load(load)]
+    kv, notes = [_pack_kv(event) for event in step.kv], [_pack_note(note) for note in step.transfers]
+    return [STEP, keys, tokens, rows, kv, notes, pack_load(load)]
 
 
 def unpack_step(content: list[Any], known: Container[int]) -> Step:
     """The step without outputs for keys that are not in ``known``: those were aborted while it was under way."""
     try:
-        _, keys, tokens, rows, kv, _ = content
+        _, keys, tokens, rows, kv, notes, _ = content
         outputs = [Output(key, (token,)) for key, token in zip(keys, tokens, strict=True) if key in known]
         for key, several, finish, cached, logprobs, detail in rows:
             if key in known:
                 outputs.append(Output(key, tuple(several), finish, cached, _tuples(logprobs), detail))
-        return Step(outputs, [_unpack_kv(event) for event in kv])
+        return Step(outputs, [_unpack_kv(event) for event in kv], [_unpack_note(row) for row in notes])
     except (TypeError, ValueError) as error:
         raise FrameError("a step has a wrong shape") from error
 
@@ -194,6 +235,23 @@ def _unpack_kv(row: list[Any]) -> KvEvent:
         return BlocksRemoved(tuple(hashes), tier)
     hashes, parent, tokens, salt, lora, tier = row
     return BlocksStored(tuple(hashes), parent, tuple(tokens), salt, lora, tier)
+
+
+def _pack_note(note: TransferNote) -> list[Any]:
+    if isinstance(note, Held):
+        return [note.key, note.blocks, note.generations, note.keys, note.cached, note.params]
+    return [note.key, note.first, note.blocks, note.keys]
+
+
+def _unpack_note(row: list[Any]) -> TransferNote:
+    match row:
+        case [int(key), list(blocks), list(generations), list(keys), int(cached), bytes(params)]:
+            if len(blocks) == len(generations) == len(keys):
+                return Held(key, tuple(blocks), tuple(generations), tuple(keys), cached, params)
+        case [int(key), int(first), list(blocks), list(keys)]:
+            if len(blocks) == len(keys):
+                return Reserved(key, first, tuple(blocks), tuple(keys))
+    raise ValueError("a transfer note has a wrong shape")
 
 
 def pack_info(info: EngineInfo) -> list[Any]:

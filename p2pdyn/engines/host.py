@@ -30,6 +30,7 @@ from p2pdyn.engines.frames import (
     pack_load,
     pack_step,
     unpack_options,
+    unpack_order,
     unpack_sequence,
 )
 
@@ -81,6 +82,8 @@ def main() -> None:
     try:
         first, *work = inbox.take(None)
         name, module, parent, options = unpack_options(first)
+        if options.kv_memory >= 0:
+            os.set_inheritable(options.kv_memory, False)
         die_with(parent)
         run(name, module, options, sock, inbox, work)
     except (PeerGone, BrokenPipeError, ConnectionResetError):
@@ -148,10 +151,13 @@ def serve(engine: Engine, sock: socket.socket, inbox: Inbox, work: list[Any]) ->
         now = clock()
         for batch in work:
             for item in batch:
-                if isinstance(item, int):
-                    engine.abort(item, now)
-                else:
-                    engine.submit(unpack_sequence(item), now)
+                match item:
+                    case int():
+                        engine.abort(item, now)
+                    case [str(), *_]:
+                        engine.transfer(unpack_order(item), now)
+                    case _:
+                        engine.submit(unpack_sequence(item), now)
         due = engine.next_step(now)
         if due is not None and due <= now:
             step: Step = engine.step(now)

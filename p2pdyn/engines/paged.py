@@ -21,6 +21,8 @@ from p2pdyn.engines.base import BlocksRemoved, BlocksStored, KvEvent
 
 KEY_BYTES = 16
 _HASH = Struct("<Q8x")
+_SIZES = Struct("<II")
+_U32 = 2**32 - 1
 
 
 class PagedBlocks:
@@ -30,6 +32,7 @@ class PagedBlocks:
         self.blocks = blocks
         self._free = list(range(blocks - 1, -1, -1))
         self._refs = [0] * blocks
+        self._uses = [0] * blocks
         self._keys: list[bytes | None] = [None] * blocks
         self._by_key: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -63,9 +66,10 @@ class PagedBlocks:
         self._evict(fresh - len(self._free))
         taken = sorted(self._free[len(self._free) - fresh :])  # in a row, they are cheaper to read
         del self._free[len(self._free) - fresh :]
-        refs = self._refs
+        refs, uses = self._refs, self._uses
         for block in taken:
             refs[block] = 1
+            uses[block] += 1
         return found + taken, len(found)
 
     def cached(self, keys: Sequence[bytes]) -> list[int]:
@@ -86,7 +90,17 @@ class PagedBlocks:
         self._evict(1 - len(self._free))
         block = self._free.pop()
         self._refs[block] = 1
+        self._uses[block] += 1
         return block
+
+    def acquire(self, blocks: Iterable[int]) -> None:
+        """One reference more to each: cached blocks, or blocks that have references."""
+        for block in blocks:
+            self._acquire(block)
+
+    def generation(self, block: int) -> int:
+        """How often the block has been given out for new content (u32)."""
+        return self._uses[block] & _U32
 
     def _evict(self, count: int) -> None:
         """Free the least recently used idle blocks."""
@@ -173,13 +187,41 @@ def hashes_of(keys: Iterable[bytes]) -> tuple[int, ...]:
     return tuple([number for (number,) in _HASH.iter_unpack(b"".join(keys))])
 
 
-def root_key(salt: str, lora: str) -> bytes:
-    """What the chain of a sequence's keys starts from: sequences that differ in it share nothing."""
-    name = salt.encode()
-    return blake2b(len(name).to_bytes(4, "little") + name + lora.encode(), digest_size=KEY_BYTES).digest()
+class BlockNames:
+    """Names the blocks of one model: two engines give a block the same key exactly when they have the same card,
+    weights (EngineInfo's) and block size, and the sequences the same salt, LoRA and token ids up to the block's end.
+
+    A key is BLAKE2b-128 (RFC 7693) over all of that, keyed by the model: with a weaker hash a tenant could look for a
+    collision and have one prompt served with another's KV.
+    """
+
+    def __init__(self, card: bytes, weights: str, block_size: int) -> None:
+        model = blake2b(blake2b(card).digest() + weights.encode(), digest_size=KEY_BYTES)
+        self._block_bytes = 4 * block_size
+        self._start = blake2b(digest_size=KEY_BYTES, key=model.digest())
+        self._start.update(block_size.to_bytes(4, "little"))
+
+    def chain(self, salt: str, lora: str) -> KeyChain:
+        """For the blocks of one sequence."""
+        state, name, adapter = self._start.copy(), salt.encode(), lora.encode()
+        state.update(_SIZES.pack(len(name), len(adapter)) + name + adapter)
+        return KeyChain(state, self._block_bytes)
 
 
-def next_key(parent: bytes, block: bytes) -> bytes:
-    """The key of the block that holds these token ids (as bytes) behind ``parent``: BLAKE2b-128, since with a weaker
-    hash a tenant could look for a collision and have one prompt served with another's KV."""
-    return blake2b(parent + block, digest_size=KEY_BYTES).digest()
+class KeyChain:
+    """The keys of a sequence's full blocks, in order. The hash runs on from block to block, each digest a key: so a
+    block costs one pass over its own ids."""
+
+    __slots__ = ("_block_bytes", "_state", "keys")
+
+    def __init__(self, state: blake2b, block_bytes: int) -> None:
+        self._state = state
+        self._block_bytes = block_bytes
+        self.keys: list[bytes] = []
+
+    def extend(self, data: bytes) -> None:
+        """Go on with the token ids (u32 as in an array) behind the last block; a rest that fills none is left out."""
+        update, digest, size = self._state.update, self._state.digest, self._block_bytes
+        for stop in range(size, len(data) + 1, size):
+            update(data[stop - size : stop])
+            self.keys.append(digest())

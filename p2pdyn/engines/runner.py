@@ -11,7 +11,17 @@ from typing import Protocol
 
 from p2pdyn.core.types import Load
 from p2pdyn.engines import registry
-from p2pdyn.engines.base import Engine, EngineError, EngineInfo, EngineOptions, Progress, Sequence, Step, death_reason
+from p2pdyn.engines.base import (
+    Engine,
+    EngineError,
+    EngineInfo,
+    EngineOptions,
+    Progress,
+    Sequence,
+    Step,
+    TransferOrder,
+    death_reason,
+)
 from p2pdyn.engines.child import ChildRunner
 
 TURN_S = 0.001
@@ -39,6 +49,11 @@ class Runner(Protocol):
     def has_work(self) -> bool:
         """Sequences are open, so steps must follow; with ``last_step_s`` it tells a stalled engine from an idle one."""
 
+    @property
+    def memory(self) -> memoryview | None:
+        """The engine's KV blocks and their tags (:mod:`p2pdyn.engines.memory`), once started, if EngineInfo.block_bytes
+        is not 0. Views of it may outlive the runner; what they show is nobody's then."""
+
     async def start(self, progress: Progress) -> EngineInfo:
         """Load. No deadline; cancelling it leaves nothing behind. Raises EngineError with a sentence."""
 
@@ -46,7 +61,11 @@ class Runner(Protocol):
         """Queue sequences; keys must never be used twice. Ignored once the engine has ended."""
 
     def abort(self, keys: list[int]) -> None:
-        """Stop sequences: no output for these keys follows. Unknown keys are ignored."""
+        """Stop sequences: no output for these keys follows, but what the engine had already told as held or reserved
+        does. Unknown keys are ignored."""
+
+    def transfer(self, orders: list[TransferOrder]) -> None:
+        """Orders of the peer's transfer, in turn with submits and aborts. Ignored once the engine has ended."""
 
     async def close(self) -> None:
         """End the engine and whatever it started. Idempotent, bounded in time."""
@@ -89,6 +108,10 @@ class InProcessRunner:
     def has_work(self) -> bool:
         return bool(self._open)
 
+    @property
+    def memory(self) -> memoryview | None:
+        return getattr(self._engine, "memory", None)
+
     async def start(self, progress: Progress) -> EngineInfo:
         loop = asyncio.get_running_loop()
         engine = await asyncio.to_thread(registry.create, self._module, self._options)  # it imports
@@ -122,6 +145,15 @@ class InProcessRunner:
         for key in keys:
             self._open.discard(key)
             engine.abort(key, now)
+        self._arm(engine)
+
+    def transfer(self, orders: list[TransferOrder]) -> None:
+        engine = self._engine
+        if engine is None:
+            return
+        now = time.monotonic()
+        for order in orders:
+            engine.transfer(order, now)
         self._arm(engine)
 
     async def close(self) -> None:
@@ -170,9 +202,7 @@ class InProcessRunner:
                 break
             self.steps += 1
             self.last_step_s = self._loop.time()
-            for output in step.outputs:
-                if output.finish:
-                    self._open.discard(output.key)
+            self._open.difference_update(step.ended())
             self.on_step(step)
             now = time.monotonic()
             if now >= until:

@@ -27,11 +27,16 @@ from p2pdyn.engines.base import (
     EngineInfo,
     EngineOptions,
     Output,
+    Pin,
     Progress,
+    Release,
     Sequence,
+    Settle,
     Step,
+    TransferOrder,
 )
-from p2pdyn.engines.paged import PagedBlocks, hash_of, hashes_of
+from p2pdyn.engines.lending import Lending
+from p2pdyn.engines.paged import BlockNames, KeyChain, PagedBlocks, hash_of, hashes_of
 from p2pdyn.engines.sim_args import SimArgs
 from p2pdyn.engines.sim_cache import KvPool
 from p2pdyn.engines.sim_model import FEATURES
@@ -42,30 +47,36 @@ U64 = 2**64 - 1
 
 def create(options: EngineOptions) -> SimEngine:
     """The registry's entry."""
-    return SimEngine(options.model, options.served_name, SimArgs.parse(options.args))
+    return SimEngine(options, SimArgs.parse(options.args))
 
 
 class Run:
     """One sequence. ``tokens[:computed]`` are in its blocks: ``spans`` are their bytes, ``last`` the last one's.
-    ``keys`` name the full blocks of its tokens; the cache knows the first ``registered`` of them."""
+    ``keys`` name the full blocks of its tokens; the cache knows the first ``registered`` of them. With ``pull``, blocks
+    up to that index are still to come from another worker."""
 
     __slots__ = (
-        "admitted", "blocks", "cached", "careful", "computed", "end", "key", "keys", "last", "odds", "params",
-        "prompt_len", "registered", "root", "seed", "spans", "stop", "tail", "tokens",
+        "admitted", "blocks", "cached", "careful", "chain", "computed", "end", "hand_over", "key", "keys", "last",
+        "odds", "params", "prompt_len", "pull", "registered", "root", "seed", "spans", "stop", "tail", "tokens",
     )  # fmt: skip
 
-    def __init__(self, sequence: Sequence, root: bytes, end: int, seed: int, careful: Careful | None) -> None:
+    def __init__(
+        self, sequence: Sequence, root: bytes, chain: KeyChain, end: int, seed: int, careful: Careful | None
+    ) -> None:
         self.key = sequence.key
         self.tokens = sequence.tokens
         self.prompt_len = sequence.prompt_len
         self.params = params = sequence.params
+        self.hand_over = sequence.hand_over
+        self.pull = 0
         self.root = root
         self.end = end
         self.seed = seed
         self.careful = careful
         self.odds = odds(params.temperature, params.top_k, params.top_p, params.min_p)
         self.stop = frozenset(params.stop_token_ids)
-        self.keys: list[bytes] = []
+        self.chain = chain
+        self.keys = chain.keys
         self.cached = 0
         self.admitted = 0
         self.reset()
@@ -82,26 +93,33 @@ class Run:
 
 
 class SimEngine:
-    """See :class:`p2pdyn.engines.base.Engine`. A sequence is waiting, then prefilling, then decoding.
+    """See :class:`p2pdyn.engines.base.Engine`. A sequence is waiting, then prefilling, then decoding. With ``pull`` it
+    is among the prefilling, and holds its place and blocks, but computes nothing before its blocks are settled.
 
     With ``--speedup 0`` a step is due at once and is planned when it runs; else it is planned when the one before it
     ends, and runs at its due time.
     """
 
-    def __init__(self, model: str | None, served_name: str | None, args: SimArgs) -> None:
+    def __init__(self, options: EngineOptions, args: SimArgs) -> None:
+        model, served_name = options.model, options.served_name
         self.args = args
         self.cache = PagedBlocks(args.kv_blocks)
-        self.pool = KvPool(args.kv_blocks, args.kv_bytes_per_block)
+        self.pool = KvPool(args.kv_blocks, args.kv_bytes_per_block, options.kv_memory)
+        self.memory: memoryview | None = self.pool.data
+        self.lending = Lending(self.cache, options.epoch)
+        self.lending.tags = self.pool.tags
         self._context = min(args.context, args.kv_blocks * args.block_size)
         self._model = model
         self._name = served_name or (Path(model).resolve().name if model else "sim")
         self._vocabulary: Vocabulary | None = None
+        self._names: BlockNames | None = None
         self._waiting: OrderedDict[int, Run] = OrderedDict()
         self._prefilling: dict[int, Run] = {}
         self._decoding: dict[int, Run] = {}
         self._instant: list[Output] = []
         self._chunks: list[tuple[Run, int]] = []  # of the planned step: (prefilling, up to which token)
         self._due: float | None = None  # of the planned step
+        self._stuck = False  # nothing can be computed before others give blocks back, or fill them
         self._backlog = 0  # tokens to prefill
         self._admissions = 0
         self._random = random.Random()
@@ -111,6 +129,8 @@ class SimEngine:
     def load(self, progress: Progress) -> EngineInfo:
         progress(0.0, "reading the tokenizer")
         card, self._vocabulary = sim_model.read(self._model, self._context)
+        weights = f"seed {self.args.seed}, {self.args.kv_bytes_per_block} bytes a block"
+        self._names = BlockNames(card, weights, self.args.block_size)
         progress(1.0, "ready")
         return EngineInfo(
             "sim",
@@ -122,7 +142,8 @@ class SimEngine:
             self.args.max_num_seqs,
             self._context,
             FEATURES,
-            f"seed {self.args.seed}, {self.args.kv_bytes_per_block} bytes a block",
+            weights,
+            block_bytes=self.args.kv_bytes_per_block,
         )
 
     def submit(self, sequence: Sequence, now: float) -> None:
@@ -140,18 +161,22 @@ class SimEngine:
         if Careful.wanted(params):
             careful = Careful(self._vocabulary, params, sequence.tokens, sequence.prompt_len)
         seed = self._random.getrandbits(64) if params.seed is None else params.seed & U64
-        run = Run(sequence, self._root(params), end, seed, careful)
-        size, data, key = 4 * self.args.block_size, run.tokens.tobytes(), run.root
-        for stop in range(size, len(data) + 1, size):
-            key = xxh3_128_digest(key + data[stop - size : stop])
-            run.keys.append(key)
-        self._backlog += total
+        assert self._names is not None
+        chain = self._names.chain(params.cache_salt, params.lora)
+        chain.extend(sequence.tokens.tobytes())
+        run = Run(sequence, self._root(params), chain, end, seed, careful)
+        if sequence.pull:
+            run.pull = min(sequence.pull, (total - 1) // self.args.block_size)
+            if not run.pull:
+                self.lending.reserve(run.key, (), (), 0, 0)
+        self._backlog += self._rest(run)
         self._waiting[run.key] = run
+        self._stuck = False
 
     def abort(self, key: int, now: float) -> None:
         run = self._waiting.pop(key, None) or self._prefilling.pop(key, None)
         if run is not None:
-            self._backlog -= len(run.tokens) - run.computed
+            self._backlog -= self._rest(run)
         else:
             run = self._decoding.pop(key, None)
         if run is not None:
@@ -160,13 +185,28 @@ class SimEngine:
             self._instant = [output for output in self._instant if output.key != key]
         if not (self._decoding or self._prefilling):
             self._due = None
+        self._stuck = False
+
+    def transfer(self, order: TransferOrder, now: float) -> None:
+        self._stuck = False
+        match order:
+            case Pin():
+                self.lending.pin(order)
+            case Release():
+                self.lending.release(order)
+            case Settle():
+                run = self._prefilling.get(order.key)
+                if run is not None:
+                    self._settle(run, order)
+                elif order.over:
+                    self.lending.written(order.key)
 
     def next_step(self, now: float) -> float | None:
-        if self._instant:
+        if self._instant or self.lending.waiting:
             return now
         if self._due is not None:
             return self._due
-        return now if self._waiting or self._prefilling or self._decoding else None
+        return now if (self._waiting or self._prefilling or self._decoding) and not self._stuck else None
 
     def step(self, now: float) -> Step:
         outputs, self._instant = self._instant, []
@@ -178,7 +218,7 @@ class SimEngine:
             self._run_step(outputs)
             if self.args.speedup:
                 self._plan(due, now)
-        return Step(outputs, self.cache.take_events())
+        return Step(outputs, self.cache.take_events(), self.lending.take_notes())
 
     def load_report(self) -> Load:
         args, speed = self.args, self.args.speedup or 1.0
@@ -199,6 +239,7 @@ class SimEngine:
             self._free(run)
         for group in (self._waiting, self._prefilling, self._decoding):
             group.clear()
+        self.lending.close()
         self._instant, self._due, self._backlog = [], None, 0
 
     # ---- planning
@@ -218,10 +259,11 @@ class SimEngine:
         if self._chunks or self._decoding:
             took = prefill / args.prefill_tps + (args.itl_ms / 1000 if self._decoding else 0.0)
             self._due = max(now, start + took / args.speedup) if args.speedup else now
+        self._stuck = self._due is None
 
     def _chunk(self, run: Run, budget: int) -> int:
         size = min(len(run.tokens) - run.computed, budget)
-        if size <= 0:
+        if size <= 0 or run.pull:
             return 0
         self._chunks.append((run, run.computed + size))
         return size
@@ -234,16 +276,41 @@ class SimEngine:
         if got is None:
             return False
         del self._waiting[run.key]
+        self._backlog -= self._rest(run)
         run.blocks, run.registered = got
         self._look(run)
         run.computed = run.registered * size
-        self._backlog -= run.computed
+        if run.pull:
+            run.pull = self.lending.reserve(run.key, run.blocks, run.keys, run.registered, run.pull)
+        self._backlog += self._rest(run)
         if not run.admitted:
             run.cached = min(run.computed, run.prompt_len)
         self._admissions += 1
         run.admitted = self._admissions
         self._prefilling[run.key] = run
         return True
+
+    def _settle(self, run: Run, order: Settle) -> None:
+        """The reserved blocks are filled, or not; if something may still write into them, others must be found."""
+        if not run.pull:
+            return
+        self._backlog -= self._rest(run)
+        if order.over:
+            filled, run.pull = min(run.registered + order.filled, run.pull), 0
+            run.computed = filled * self.args.block_size
+            run.cached = min(run.computed, run.prompt_len)
+            self._register(run)
+        else:
+            del self._prefilling[run.key]
+            self._free(run)
+            run.pull = 0
+            self._waiting[run.key] = run
+            self._waiting.move_to_end(run.key, last=False)
+        self._backlog += self._rest(run)
+
+    def _rest(self, run: Run) -> int:
+        """Tokens to prefill here."""
+        return len(run.tokens) - max(run.computed, run.pull * self.args.block_size)
 
     def _root(self, params: SamplingParams) -> bytes:
         """What a sequence's first block continues: sequences of other seeds, salts or LoRAs share nothing."""
@@ -287,7 +354,16 @@ class SimEngine:
         if upto < len(run.tokens):
             return False
         del self._prefilling[run.key]
-        return True
+        if run.hand_over:
+            self._hand_over(run)
+        return not run.hand_over
+
+    def _hand_over(self, run: Run) -> None:
+        """Others read its full blocks from here on; that of the last token is left out, for they compute that."""
+        full = (len(run.tokens) - 1) // self.args.block_size
+        self.cache.release(reversed(run.blocks[full:]))
+        self.lending.hold(run.key, run.blocks[:full], run.keys[:full], run.cached)
+        run.reset()
 
     def _append(self, runs: list[Run]) -> None:
         """Write the newest token of each sequence into its last block."""
@@ -331,9 +407,8 @@ class SimEngine:
         run.registered = full = run.computed // size
         if full == known:
             return
-        for index in range(len(run.keys), full):
-            content = run.tokens[index * size : (index + 1) * size].tobytes()
-            run.keys.append(xxh3_128_digest((run.keys[-1] if index else run.root) + content))
+        if full > len(run.keys):
+            run.chain.extend(run.tokens[len(run.keys) * size : full * size].tobytes())
         new = cache.register(run.blocks, run.keys, known, full)
         if new > known:
             self._look(run)
@@ -348,7 +423,8 @@ class SimEngine:
         the queue and will be computed again."""
         self._register(run)
         while not self.cache.available:
-            youngest = max(chain(self._decoding.values(), self._prefilling.values()), key=lambda other: other.admitted)
+            running = chain(self._decoding.values(), self._prefilling.values())
+            youngest = max((other for other in running if not other.pull), key=lambda other: other.admitted)
             self._preempt(youngest)
             if youngest is run:
                 return
@@ -374,5 +450,8 @@ class SimEngine:
         self._waiting.move_to_end(run.key, last=False)
 
     def _free(self, run: Run) -> None:
+        if run.pull and run.blocks:
+            self.lending.leave(run.key, run.blocks[run.registered : run.pull])
+            del run.blocks[run.registered : run.pull]
         self.cache.release(reversed(run.blocks))
         run.reset()

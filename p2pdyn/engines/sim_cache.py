@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
 
 from xxhash import xxh3_128_digest
+
+from p2pdyn.engines.memory import allocate
 
 UNIT = 16
 """Bytes: a block's stride is a multiple of it."""
 
 
 class KvPool:
-    """``blocks`` blocks of ``stride`` bytes each, page-aligned and in one piece, as a transfer library wants them."""
+    """``blocks`` blocks of ``stride`` bytes each, in one piece, then their tags; ``file`` as for :func:`allocate`."""
 
-    def __init__(self, blocks: int, stride: int) -> None:
+    def __init__(self, blocks: int, stride: int, file: int = -1) -> None:
         self.stride = stride
-        self.data = memoryview(mmap.mmap(-1, blocks * stride))
+        self.data = allocate(blocks, stride, file)
+        self.tags = self.data[blocks * stride :]
         self.content: Callable[[bytes], bytes] = xxh3_128_digest if stride == UNIT else self._wide
         """What to write into a block: ``stride`` bytes, each of which depends on all of the argument."""
 

@@ -417,7 +417,7 @@ def test_cancelling_the_start_leaves_no_process(drive: Drive, tmp_path: Path) ->
         pytest.param(frame([9, 1]), id="unknown kind"),
         pytest.param(frame([]), id="empty"),
         pytest.param(frame(7), id="no array"),
-        pytest.param(frame([STEP, [1], [], [], [], []]), id="step of uneven columns"),
+        pytest.param(frame([STEP, [1], [], [], [], [], []]), id="step of uneven columns"),
         pytest.param(frame([STEP, 1]), id="short step"),
         pytest.param(frame([LOAD, [0] * 20]), id="long load"),
         pytest.param(frame([PROGRESS, "half", 1]), id="progress of wrong types"),

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from p2pdyn import __version__
 from p2pdyn.core.types import Load
-from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, Output, Progress, Sequence, Step
+from p2pdyn.engines.base import EngineInfo, EngineOptions, Output, Progress, Sequence, Step, TransferOrder
 from p2pdyn.engines.builtin import options as arguments
 from p2pdyn.engines.builtin import weights
 from p2pdyn.engines.builtin.scheduler import Run, Scheduler
-from p2pdyn.engines.paged import PagedBlocks
+from p2pdyn.engines.lending import Lending
+from p2pdyn.engines.memory import TAG_BYTES
+from p2pdyn.engines.paged import BlockNames, PagedBlocks
 from p2pdyn.text.card import ModelCard, byte_level
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class BuiltinEngine:
         os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
         self._model_name = options.model
         self._offline = options.offline
+        self._kv_memory = options.kv_memory
         tiny = options.model == TINY
         stem = Path(options.model).stem if options.model and options.model.endswith(".gguf") else weights.DEFAULT_NAME
         self._served_name = options.served_name or (TINY if tiny else stem)
@@ -55,9 +58,12 @@ class BuiltinEngine:
         self._instant: list[Output] = []
         self._random = SystemRandom()
         self._prefill_tps = self._itl_s = 0.0
+        self._names: BlockNames | None = None
+        self.memory: memoryview | None = None
         self.cache = PagedBlocks(self.options.kv_blocks)
+        self.lending = Lending(self.cache, options.epoch)
         self.scheduler = Scheduler(
-            self.cache, self.options.block_size, self.options.max_num_seqs, self.options.max_batch_tokens
+            self.cache, self.lending, self.options.block_size, self.options.max_num_seqs, self.options.max_batch_tokens
         )
 
     # ---- Engine
@@ -76,24 +82,26 @@ class BuiltinEngine:
             card = replace(card, generation=weights.GENERATION)
         self._eos = frozenset(token for token in card.eos_token_ids if token < config.outputs)
         self._threads = Threads(options.threads)
-        try:
-            self._model = Llama(config, tensors, options.kv_blocks, options.block_size, self._threads)
-        except MemoryError as error:
-            raise EngineError(f"no memory for {options.kv_blocks} KV blocks: give fewer with -- --kv-blocks") from error
+        model = Llama(config, tensors, options.kv_blocks, options.block_size, self._threads, self._kv_memory)
+        packed = card.pack()
+        self._model, self.memory = model, model.memory
+        self.lending.tags = model.memory[-options.kv_blocks * TAG_BYTES :]
+        self._names = BlockNames(packed, digest, options.block_size)
         progress(0.95, "measuring speed")
-        self._measure(self._model)
+        self._measure(model)
         progress(1.0, "ready")
         return EngineInfo(
             "builtin",
             __version__,
             self._served_name,
-            card.pack(),
+            packed,
             options.block_size,
             options.kv_blocks,
             options.max_num_seqs,
             self._context,
             FEATURES,
             digest,
+            block_bytes=model.block_bytes,
         )
 
     def submit(self, sequence: Sequence, now: float) -> None:
@@ -115,14 +123,19 @@ class BuiltinEngine:
             if not params.ignore_eos:
                 stops |= self._eos
             seed = self._random.getrandbits(64) if params.seed is None else params.seed
-            self.scheduler.submit(Run(sequence, end, tuple(stops), seed))
+            assert self._names is not None
+            chain = self._names.chain(params.cache_salt, params.lora)
+            self.scheduler.submit(Run(sequence, chain, end, tuple(stops), seed))
 
     def abort(self, key: int, now: float) -> None:
         self.scheduler.end(key)
         self._instant = [output for output in self._instant if output.key != key]
 
+    def transfer(self, order: TransferOrder, now: float) -> None:
+        self.scheduler.transfer(order)
+
     def next_step(self, now: float) -> float | None:
-        return now if self._instant or self.scheduler.running or self.scheduler.waiting else None
+        return now if self._instant or self.lending.waiting or self.scheduler.due else None
 
     def step(self, now: float) -> Step:
         started = time.perf_counter()
@@ -133,7 +146,7 @@ class BuiltinEngine:
             rows = sum(upto - run.computed for run, upto in chunks)
             outputs += self._run(chunks)
             self._note(rows, decoding, time.perf_counter() - started)
-        return Step(outputs, self.cache.take_events())
+        return Step(outputs, self.cache.take_events(), self.lending.take_notes())
 
     def load_report(self) -> Load:
         used = self.cache.used
@@ -149,10 +162,10 @@ class BuiltinEngine:
         )
 
     def close(self) -> None:
-        for run in (*self.scheduler.waiting, *self.scheduler.running):
-            self.scheduler.end(run.key)
+        self.scheduler.close()
         self._instant = []
-        self._model = None
+        self._model = self.memory = None
+        self.lending.tags = memoryview(b"")
         if self._threads is not None:
             self._threads.close()
             self._threads = None
@@ -202,14 +215,23 @@ class BuiltinEngine:
         assert self._model is not None
         logits = self._model.forward(
             [
-                Rows(run.tokens[run.computed : upto], run.computed, run.blocks, upto == len(run.tokens))
+                Rows(
+                    run.tokens[run.computed : upto],
+                    run.computed,
+                    run.blocks,
+                    logits=upto == len(run.tokens) and not run.hand_over,
+                )
                 for run, upto in chunks
             ]
         )
         outputs: list[Output] = []
         for run, upto in chunks:
             self.scheduler.computed(run, upto)
-            if upto == len(run.tokens):
+            if upto < len(run.tokens):
+                continue
+            if run.hand_over:
+                self.scheduler.hand_over(run)
+            else:
                 outputs.append(self._next_token(run, logits[len(outputs)]))
         return outputs
 

@@ -8,6 +8,7 @@ the same processor and BLAS.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2pdyn.engines.builtin.tiles import F32, Linear, Threads
+from p2pdyn.engines.memory import allocate
 
 MAX_PART = 1 << 16
 """Floats of attention output that are added up at a time, so that they stay in cache."""
@@ -54,13 +56,19 @@ class Rows:
 class Llama:
     """``tensors`` as :func:`p2pdyn.engines.builtin.checkpoint.pack` makes them; read only, so a mapped file serves.
 
-    KV memory is one float32 array ``[blocks, layers, 2, kv_heads * head_dim * block_size]``: a block is one contiguous
-    byte range.  Keys are stored ``[kv_heads, head_dim, block_size]``, values ``[kv_heads, block_size, head_dim]``, the
-    forms that the two products of attention read.
+    ``memory`` begins with one float32 array ``[blocks, layers, 2, kv_heads * head_dim * block_size]``: a block is one
+    contiguous byte range.  Keys are stored ``[kv_heads, head_dim, block_size]``, values ``[kv_heads, block_size,
+    head_dim]``, the forms that the two products of attention read.  ``kv_memory`` is the file to keep it in, or -1.
     """
 
     def __init__(
-        self, config: LlamaConfig, tensors: Mapping[str, F32], blocks: int, block_size: int, threads: Threads
+        self,
+        config: LlamaConfig,
+        tensors: Mapping[str, F32],
+        blocks: int,
+        block_size: int,
+        threads: Threads,
+        kv_memory: int = -1,
     ) -> None:
         self.config = config
         self.block_size = block_size
@@ -84,13 +92,12 @@ class Llama:
         self._embedding = None if config.tied else tensors["embedding"]
         self._norm = tensors["norm"]
         self._cos, self._sin = _rotations(config, tensors.get("rope_factors"))
-        self.kv = np.zeros((blocks, config.layers, 2, kv_heads * head_dim * block_size), np.float32)
+        shape = (blocks, config.layers, 2, kv_heads * head_dim * block_size)
+        self.block_bytes = 4 * math.prod(shape[1:])
+        self.memory = allocate(blocks, self.block_bytes, kv_memory)
+        self.kv = np.frombuffer(self.memory, np.float32, math.prod(shape)).reshape(shape)
         self._keys = self.kv[:, :, 0].reshape(blocks, config.layers, kv_heads, head_dim, block_size)
         self._values = self.kv[:, :, 1].reshape(blocks, config.layers, kv_heads, block_size, head_dim)
-
-    @property
-    def block_bytes(self) -> int:
-        return int(self.kv[0].nbytes)
 
     def block(self, index: int) -> memoryview:
         """The bytes of one KV block, writable: what a transfer reads or fills."""

@@ -3,7 +3,8 @@
 Each step computes one position of every sequence that decodes, then as much of the prompts as the row budget leaves:
 first of those begun, then of those that can be admitted, lowest ``priority`` value first and in order of arrival.  A
 sequence is admitted when there are blocks for all its tokens; when a decoding one finds no block, the last in that
-order is put back and computed again later, to the same result.
+order is put back and computed again later, to the same result.  One that expects blocks from another worker has a
+place, and blocks for all its tokens, and computes nothing until they are settled.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from array import array
 from bisect import insort
 
 from p2pdyn.core.types import SamplingParams
-from p2pdyn.engines.base import BlocksStored, Sequence
-from p2pdyn.engines.paged import PagedBlocks, hash_of, hashes_of, next_key, root_key
+from p2pdyn.engines.base import BlocksStored, Pin, Release, Sequence, Settle, TransferOrder
+from p2pdyn.engines.lending import Lending
+from p2pdyn.engines.paged import KeyChain, PagedBlocks, hash_of, hashes_of
 
 
 class Run:
     """One sequence. ``tokens[:computed]`` are in its blocks; ``keys`` name its full blocks, of which the cache knows
-    the first ``registered``. It ends at ``end`` tokens, or with one of ``stops``."""
+    the first ``registered``. It ends at ``end`` tokens, or with one of ``stops``. With ``pull``, blocks up to that
+    index are still to come from another worker."""
 
-    def __init__(self, sequence: Sequence, end: int, stops: tuple[int, ...], seed: int) -> None:
+    def __init__(self, sequence: Sequence, chain: KeyChain, end: int, stops: tuple[int, ...], seed: int) -> None:
         self.key = sequence.key
         self.tokens: array[int] = sequence.tokens
         self.prompt_len = sequence.prompt_len
@@ -28,8 +31,10 @@ class Run:
         self.end = end
         self.stops = stops
         self.seed = seed
-        self.root = root_key(sequence.params.cache_salt, sequence.params.lora)
-        self.keys: list[bytes] = []
+        self.hand_over = sequence.hand_over
+        self.pull = sequence.pull
+        self.chain = chain
+        self.keys = chain.keys
         self.blocks: list[int] = []
         self.computed = 0
         self.registered = 0
@@ -44,16 +49,18 @@ class Run:
 
     def name(self, full: int, size: int) -> None:
         """Bring ``keys`` up to ``full`` blocks."""
-        for index in range(len(self.keys), full):
-            block = self.tokens[index * size : (index + 1) * size].tobytes()
-            self.keys.append(next_key(self.keys[-1] if index else self.root, block))
+        if full > len(self.keys):
+            self.chain.extend(self.tokens[len(self.keys) * size : full * size].tobytes())
 
 
 class Scheduler:
     """Sequences waiting and running over one pool of blocks."""
 
-    def __init__(self, cache: PagedBlocks, block_size: int, max_num_seqs: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, cache: PagedBlocks, lending: Lending, block_size: int, max_num_seqs: int, max_batch_tokens: int
+    ) -> None:
         self.cache = cache
+        self.lending = lending
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_batch_tokens = max_batch_tokens
@@ -61,16 +68,28 @@ class Scheduler:
         self.running: list[Run] = []
         self._runs: dict[int, Run] = {}
         self._submitted = 0
+        self._stuck = False  # nothing can be computed before others give blocks back, or fill them
 
     @property
     def backlog(self) -> int:
-        """Prompt tokens that wait to be computed."""
-        return sum(run.rest for run in self.waiting) + sum(run.rest for run in self.running if run.rest > 1)
+        """Prompt tokens that wait to be computed here."""
+        size, runs = self.block_size, [*self.waiting, *(run for run in self.running if run.rest > 1)]
+        return sum(len(run.tokens) - max(run.computed, run.pull * size) for run in runs)
+
+    @property
+    def due(self) -> bool:
+        """:meth:`plan` may find something to compute."""
+        return bool(self.waiting or self.running) and not self._stuck
 
     def submit(self, run: Run) -> None:
         self._submitted += 1
         run.order = (run.params.priority, self._submitted)
-        run.name((len(run.tokens) - 1) // self.block_size, self.block_size)
+        full = (len(run.tokens) - 1) // self.block_size
+        run.name(full, self.block_size)
+        if run.pull and not full:
+            self.lending.reserve(run.key, (), (), 0, 0)
+        run.pull = min(run.pull, full)
+        self._stuck = False
         self._runs[run.key] = run
         insort(self.waiting, run, key=_order)
 
@@ -81,24 +100,42 @@ class Scheduler:
             return
         (self.running if run.admitted else self.waiting).remove(run)
         self._release(run)
+        self._stuck = False
+
+    def transfer(self, order: TransferOrder) -> None:
+        """See :meth:`p2pdyn.engines.base.Engine.transfer`."""
+        self._stuck = False
+        match order:
+            case Pin():
+                self.lending.pin(order)
+            case Release():
+                self.lending.release(order)
+            case Settle():
+                run = self._runs.get(order.key)
+                if run is not None:
+                    self._settle(run, order)
+                elif order.over:
+                    self.lending.written(order.key)
 
     def plan(self) -> list[tuple[Run, int]]:
         """What to compute next: (run, up to which token), each at most once."""
         for run in sorted(self.running, key=_order):
             if run.admitted and run.computed == len(run.blocks) * self.block_size:
                 self._extend(run)
-        chunks = [(run, len(run.tokens)) for run in self.running if run.rest == 1]
+        chunks = [(run, len(run.tokens)) for run in self.running if run.rest == 1 and not run.pull]
         budget = max(1, self.max_batch_tokens - len(chunks))
-        for run in [run for run in self.running if run.rest > 1]:
+        for run in [run for run in self.running if run.rest > 1 and not run.pull]:
             size = min(run.rest, budget)
             if size:
                 chunks.append((run, run.computed + size))
                 budget -= size
         while budget and self.waiting and len(self.running) < self.max_num_seqs and self._admit(self.waiting[0]):
             run = self.running[-1]
-            size = min(run.rest, budget)
-            chunks.append((run, run.computed + size))
-            budget -= size
+            if not run.pull:
+                size = min(run.rest, budget)
+                chunks.append((run, run.computed + size))
+                budget -= size
+        self._stuck = not chunks
         return chunks
 
     def computed(self, run: Run, upto: int) -> None:
@@ -119,9 +156,22 @@ class Scheduler:
                 )
             )
 
+    def hand_over(self, run: Run) -> None:
+        """It is computed: others read its full blocks from here on, but that of the last token, which they compute."""
+        full = (len(run.tokens) - 1) // self.block_size
+        blocks, run.blocks = run.blocks[:full], run.blocks[full:]
+        self.end(run.key)
+        self.lending.hold(run.key, blocks, run.keys[:full], run.cached)
+
+    def close(self) -> None:
+        """Forget everything."""
+        for key in list(self._runs):
+            self.end(key)
+        self.lending.close()
+
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken."""
-        self.cache.check([run.blocks for run in self.running])
+        self.cache.check([*(run.blocks for run in self.running), *self.lending.blocks()])
         assert all(run.admitted for run in self.running)
         assert not any(run.admitted or run.blocks for run in self.waiting)
         assert len(self._runs) == len(self.running) + len(self.waiting)
@@ -138,12 +188,28 @@ class Scheduler:
         run.admitted = True
         self.waiting.remove(run)
         self.running.append(run)
+        if run.pull:
+            run.pull = self.lending.reserve(run.key, run.blocks, run.keys, run.registered, run.pull)
         return True
+
+    def _settle(self, run: Run, order: Settle) -> None:
+        """The reserved blocks are filled, or not; if something may still write into them, others must be found."""
+        if not (run.pull and run.admitted):
+            return
+        if order.over:
+            filled, run.pull = min(run.registered + order.filled, run.pull), 0
+            run.cached = min(filled * self.block_size, run.prompt_len)
+            self.computed(run, filled * self.block_size)
+        else:
+            self.running.remove(run)
+            self._release(run)
+            run.pull = 0
+            insort(self.waiting, run, key=_order)
 
     def _extend(self, run: Run) -> None:
         """Give a decoding run its next block, or put runs back until there is one; itself at last."""
         while not self.cache.available:
-            last = max(self.running, key=_order)
+            last = max((other for other in self.running if not other.pull), key=_order)
             self.running.remove(last)
             self._release(last)
             insort(self.waiting, last, key=_order)
@@ -152,6 +218,9 @@ class Scheduler:
         run.blocks.append(self.cache.allocate())
 
     def _release(self, run: Run) -> None:
+        if run.pull and run.admitted:
+            self.lending.leave(run.key, run.blocks[run.registered : run.pull])
+            del run.blocks[run.registered : run.pull]
         self.cache.release(reversed(run.blocks))
         run.blocks, run.computed, run.registered, run.admitted = [], 0, 0, False
 
