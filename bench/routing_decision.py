@@ -19,7 +19,7 @@ from p2pdyn.core.kvhash import sequence_hashes
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.request import Job
 from p2pdyn.core.router import Router
-from p2pdyn.core.routes import Routes, Serving
+from p2pdyn.core.routes import Endpoint, Routes, Serving
 from p2pdyn.core.types import Load, NodeId, SamplingParams
 
 MODEL = "m"
@@ -41,7 +41,7 @@ def measure(length: int, targets: int, background: int, rounds: int, rng: random
         for one in own:
             held[one] = held.get(one, 0) | 1 << slot
         routes.placed((name, 0), slot)
-    routes.update({MODEL: Serving(BLOCK, tuple((name, 0, True) for name in names))})
+    routes.update({MODEL: Serving(BLOCK, tuple(Endpoint(name, 0, True) for name in names))})
     for name in names:
         routes.report(name, 0, Load(prefill_tps=5000.0), 0.0)
     job = Job(MODEL, tokens, SamplingParams())

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from p2pdyn.core.types import FRONTEND, READY, NodeId, PeerInfo, ServedModel
+from p2pdyn.core.types import AGGREGATED, DECODE, FRONTEND, PREFILL, READY, ROLES, NodeId, PeerInfo, ServedModel
 
 
 @dataclass(slots=True)
 class Model:
-    """One model name. ``workers`` are the ready, compatible ones by node id; ``last_seen`` is on the caller's clock."""
+    """One model name. ``workers`` are the ready, compatible ones of all roles, by node id; ``last_seen`` is on the
+    caller's clock."""
 
     name: str
     fingerprint: str
@@ -23,6 +24,28 @@ class Model:
     since: float
     last_seen: float
     workers: dict[NodeId, ServedModel] = field(default_factory=dict)
+    roles: dict[NodeId, str] = field(default_factory=dict)
+
+    @property
+    def ready(self) -> int:
+        """How many of its workers take requests: prefill workers do not."""
+        return sum(self.roles[node] != PREFILL for node in self.workers)
+
+    def concern(self) -> str:
+        """The sentence that says what its workers' roles lack, or the empty string."""
+        means = {role: {s.moves_kv for n, s in self.workers.items() if self.roles[n] == role} for role in ROLES}
+        model, decode, prefill = f"model {self.name!r}", means[DECODE], means[PREFILL]
+        if prefill and not decode and not means[AGGREGATED]:
+            return f"{model} has prefill workers alone, which answer nothing: start one with --role decode"
+        if prefill and not decode:
+            return f"{model} has prefill workers and nobody that they could compute for: start one with --role decode"
+        if decode and not prefill and not means[AGGREGATED]:
+            return (
+                f"{model} has decode workers alone, which compute each prompt themselves: start one with --role prefill"
+            )
+        if decode and prefill and not decode & prefill - {""}:
+            return f"{model} has no prefill and decode worker that move KV blocks alike: see --engine and --kv-transfer"
+        return ""
 
 
 class Catalog:
@@ -43,10 +66,11 @@ class Catalog:
             if model.workers:
                 model.last_seen = now  # they were there until now, however long ago the view last changed
             model.workers = {node: served for node, served in model.workers.items() if node in ready}
+            model.roles = {node: ready[node].role for node in model.workers}
         self.incompatible.clear()
         for node, info in ready.items():
             for served in info.models:
-                self._place(node, served, now)
+                self._place(node, info.role, served, now)
         self.expire(now)
 
     def expire(self, now: float) -> None:
@@ -54,7 +78,7 @@ class Catalog:
         for name in [n for n, m in self.models.items() if not m.workers and now - m.last_seen > self._known_for]:
             del self.models[name]
 
-    def _place(self, node: NodeId, served: ServedModel, now: float) -> None:
+    def _place(self, node: NodeId, role: str, served: ServedModel, now: float) -> None:
         model = self.models.get(served.name)
         if model is None:
             model = self.models[served.name] = Model(served.name, served.fingerprint, served, now, now)
@@ -62,6 +86,7 @@ class Catalog:
             others = [n for n, s in model.workers.items() if n != node and s.fingerprint == model.fingerprint]
             if others:
                 model.workers.pop(node, None)
+                model.roles.pop(node, None)
                 self.incompatible[node] = (
                     f"model {served.name!r} is served with fingerprint {model.fingerprint} "
                     f"by {others[0]}, but with {served.fingerprint} here: {_difference(model.served, served)}"
@@ -70,7 +95,7 @@ class Catalog:
             # Its last worker is gone: whoever is ready now sets the fingerprint anew.
             model.fingerprint = served.fingerprint
         model.served = served
-        model.workers[node] = served
+        model.workers[node], model.roles[node] = served, role
         model.last_seen = now
 
 

@@ -4,6 +4,7 @@ States of a flight and the way out of each (one release for all of them, :meth:`
 
     waiting   no routable worker yet      -> running, failed (deadline), cancelled
     queued    all workers are saturated   -> running, waiting, failed (deadline), cancelled
+    prefill   a prefill worker computes   -> running, cancelled, failed; lost there: as running when its worker is lost
     running   a worker has it             -> done, failed, cancelled, running on another worker (migration), waiting
 
 A token frame carries (attempt, offset of its first token).  An older attempt is dropped; a hole in the offsets counts
@@ -12,29 +13,46 @@ as loss of the worker for that request, because ZeroMQ drops frames at the high-
 Migration sends the prompt and all tokens received so far to another worker: exact for greedy, seeded and stopped
 requests, since engines count tokens from ``prompt_len``.  What cannot be continued exactly (``Job.resumable`` False) is
 rerun while the client has seen nothing, and fails with ``worker_lost`` after that.
+
+Where a prefill worker computes the prompt (docs/design/kv-transfer.md), each of the two legs is an attempt of its own.
+Until the first token of the decode leg the prefill worker may hold blocks for it: a decode worker that takes over gets
+the same :class:`Transfer`, and if there is none, or the client goes, the prefill worker is told.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
 from p2pdyn.core.router import Decision
+from p2pdyn.core.router_target import Target
 from p2pdyn.core.routes import Routes, Serving
-from p2pdyn.core.types import Load, NodeId
-from p2pdyn.wire.requests import Row
+from p2pdyn.core.types import DECODE, Load, NodeId
+from p2pdyn.wire.requests import Prefilled, Row
 
 MIGRATION_LIMIT = 3
-"""Attempts after the first. A request that kills its workers must stop before it has killed them all."""
+"""Failures after which it is tried again. A request that kills its workers must stop before it has killed them all."""
 
 WAIT_S = 5.0
 """Seconds a request waits for a routable worker (links are opened at the first request for a model)."""
 
 MAX_WAITING = 1024
 """Requests waiting for a worker; one more is answered 429."""
+
+
+class Transfer(NamedTuple):
+    """The first ``blocks`` KV blocks are at ``source``, held under ``lease``, or with lease 0 in its prefix cache.
+    ``epoch`` is the source's, 0 if the shell is to fill in the present one; ``remote`` as in
+    :class:`~p2pdyn.wire.requests.Prefilled`."""
+
+    source: NodeId
+    epoch: int
+    lease: int
+    blocks: int
+    remote: bytes = b""
 
 
 class Dispatch(NamedTuple):
@@ -48,10 +66,14 @@ class Dispatch(NamedTuple):
     rank: int = 0
     uncached: int = 0
     """Tokens that the worker is expected to compute."""
+    hand_over: bool = False
+    """Compute only, and answer Prefilled."""
+    transfer: Transfer | None = None
+    """Take these blocks first."""
 
 
 class Abandon(NamedTuple):
-    """Tell ``worker`` to stop (rid, attempt)."""
+    """Tell ``worker`` to stop (rid, attempt), and to hold no blocks for it."""
 
     worker: NodeId
     rid: int
@@ -59,6 +81,16 @@ class Abandon(NamedTuple):
 
 
 Action = Dispatch | Abandon
+
+
+class _Lent(NamedTuple):
+    """What a prefill worker holds for a flight since it has answered, until the decode worker's first token."""
+
+    transfer: Transfer
+    attempt: int
+    """The prefill's."""
+    source: Target
+    cached: int
 
 
 @dataclass(slots=True)
@@ -75,7 +107,17 @@ class Flight:
     received: int = 0
     output: array[int] = field(default_factory=lambda: array("I"))
     workers: list[NodeId] = field(default_factory=list)
+    """That generated, or were to."""
     migrations: int = 0
+    failures: int = 0
+    failed: NodeId | None = None
+    """The last worker that it was lost at."""
+    decode: Decision | None = None
+    """While a prefill worker computes: who was to go on."""
+    prefill: Decision | None = None
+    """The prefill worker that computes."""
+    failed_prefill: NodeId | None = None
+    lent: _Lent | None = None
 
 
 class Flights:
@@ -98,6 +140,12 @@ class Flights:
         self.migrations = 0
         self.holes = 0
         self.stale = 0
+        self.prefills_remote = self.prefills_local = 0
+        """Prompts for decode workers that a prefill worker was asked to compute, and that they were to compute."""
+        self.prefill_fallbacks = 0
+        """Of the former, those that came to nothing."""
+        self.pulls = 0
+        """Prefixes to be taken from another worker instead of computed."""
         self.prompt_tokens = 0
         self.cached_tokens = 0
         """Of all prompts whose first token has come, and of these what was in the worker's prefix cache."""
@@ -156,7 +204,10 @@ class Flights:
                 continue
             if tokens:
                 if flight.prefilling:
-                    self._first_token(flight, cached, now)
+                    if flight.prefill is not None:
+                        actions += self._lost(flight, f"worker {worker} generated instead of handing over", now)
+                        continue
+                    cached = self._first_token(flight, cached, now)
                 flight.received = offset + len(tokens)
                 flight.output.extend(tokens)
                 flight.sink.on_tokens(
@@ -173,11 +224,35 @@ class Flights:
         flight = self._at.get(worker, {}).get(rid)
         if flight is None or flight.attempt != attempt:
             return []
-        if code == "invalid":
+        if code == "invalid" and flight.prefill is None:
             return self._fail(flight, Failure(400, "invalid_request", reason), now)
-        if code == "overload" and flight.attempt >= MIGRATION_LIMIT:
+        if code == "overload" and flight.failures >= MIGRATION_LIMIT:
             return self._fail(flight, Failure(429, "overloaded", reason, 1), now)
         return self._lost(flight, reason, now)
+
+    def prefilled(self, worker: NodeId, message: Prefilled, now: float) -> list[Action]:
+        """A prefill worker has computed the prompt: on to the decode worker."""
+        flight = self._at.get(worker, {}).get(message.rid)
+        if flight is None or flight.attempt != message.attempt or flight.prefill is None or flight.decode is None:
+            self.stale += 1
+            return [Abandon(worker, message.rid, message.attempt)]
+        first, source = flight.decode, flight.prefill.target
+        self.routes.hand_overs.first_token(flight.rid, now)
+        self._leave(flight, now, computed=True)
+        if message.lease or message.remote:
+            transfer = Transfer(worker, message.epoch, message.lease, message.blocks, message.remote)
+            flight.lent = _Lent(transfer, flight.attempt, source, message.cached)
+        else:
+            self.prefill_fallbacks += 1
+        flight.attempt += 1
+        flight.since = now
+        tokens = self._tokens_of(flight)
+        decision = self.routes.again(flight.job, tokens, first, flight.failed, now)
+        if decision is None:
+            self._waiting[flight.rid] = flight
+            return self._give_up(flight)
+        actions = self._start(flight, tokens, decision, now)
+        return actions + self._admit(now) if self.routes.crowded else actions
 
     # Workers and time.
 
@@ -223,26 +298,79 @@ class Flights:
     # Inside.
 
     def _route(self, flight: Flight, now: float) -> list[Action]:
-        job = flight.job
-        tokens = job.tokens + flight.output if flight.output else job.tokens
+        tokens = self._tokens_of(flight)
         # Not straight back to the worker that just failed.
-        decision = self.routes.choose(job, tokens, flight.workers[-1] if flight.workers else None, now)
+        decision = self.routes.choose(flight.job, tokens, flight.failed, now)
         if decision is None:
             self._waiting[flight.rid] = flight
-            return []
+            return self._give_up(flight)
+        self._waiting.pop(flight.rid, None)
+        prefill = None
+        if decision.target.role == DECODE and flight.lent is None:
+            prefill = self.routes.prefill(flight.job, decision, flight.failed_prefill, now)
+            self.prefills_local += prefill is None
         if self._on_decision is not None:
             self._on_decision(flight.rid, decision)
-        self._waiting.pop(flight.rid, None)
-        worker = decision.target.worker
+        if prefill is None:
+            return self._start(flight, tokens, decision, now)
+        self.prefills_remote += 1
+        flight.decode, flight.prefill = decision, prefill
+        self.routes.hand_overs.sent(flight.rid, prefill, now)
+        return [self._dispatch(flight, tokens, prefill, now, hand_over=True, transfer=self._pull(prefill))]
+
+    def _start(self, flight: Flight, tokens: array[int], decision: Decision, now: float) -> list[Action]:
+        """Have the chosen worker generate."""
+        actions: list[Action] = []
+        transfer, target, lent = self._pull(decision), decision.target, flight.lent
+        if lent is not None and lent.source.moves_kv == target.moves_kv and self.routes.current(lent.source):
+            transfer = lent.transfer
+            left = len(tokens) - transfer.blocks * decision.ask.block_size if transfer.blocks else 1
+            decision = replace(decision, uncached=max(1, min(decision.uncached, left)))
+        elif lent is not None:
+            actions = self._give_up(flight)
         self.routes.router.sent(flight.rid, decision, now)
-        flight.worker = worker
-        flight.since = now
-        flight.prefilling = True
+        worker = target.worker
         if not flight.workers or flight.workers[-1] != worker:
             flight.workers.append(worker)
-        self._at.setdefault(worker, {})[flight.rid] = flight
+        dispatch = self._dispatch(flight, tokens, decision, now, transfer=transfer)
         flight.sink.on_routed(worker)
-        return [Dispatch(worker, flight.rid, flight.attempt, job, tokens, decision.target.rank, decision.uncached)]
+        return [*actions, dispatch] if actions else [dispatch]
+
+    def _pull(self, decision: Decision) -> Transfer | None:
+        """A prefix that the chosen worker lacks, and another has."""
+        pull = decision.pull
+        if pull is None:
+            return None
+        self.pulls += 1
+        return Transfer(pull.source.worker, 0, 0, pull.blocks)
+
+    def _dispatch(
+        self,
+        flight: Flight,
+        tokens: array[int],
+        decision: Decision,
+        now: float,
+        hand_over: bool = False,
+        transfer: Transfer | None = None,
+    ) -> Dispatch:
+        target = decision.target
+        flight.worker = target.worker
+        flight.since = now
+        flight.prefilling = True
+        self._at.setdefault(target.worker, {})[flight.rid] = flight
+        return Dispatch(
+            target.worker, flight.rid, flight.attempt, flight.job, tokens, target.rank, decision.uncached, hand_over,
+            transfer,
+        )  # fmt: skip
+
+    @staticmethod
+    def _tokens_of(flight: Flight) -> array[int]:
+        return flight.job.tokens + flight.output if flight.output else flight.job.tokens
+
+    def _give_up(self, flight: Flight) -> list[Action]:
+        """Nobody will take what a prefill worker holds for it."""
+        lent, flight.lent = flight.lent, None
+        return [] if lent is None else [Abandon(lent.transfer.source, flight.rid, lent.attempt)]
 
     def _admit(self, now: float) -> list[Action]:
         """Those whose turn it is leave the queue of saturated models."""
@@ -252,18 +380,27 @@ class Flights:
                 actions += self._route(self.open[rid], now)
         return actions
 
-    def _first_token(self, flight: Flight, cached: int, now: float) -> None:
+    def _first_token(self, flight: Flight, cached: int, now: float) -> int:
+        """How much of the prompt was cached: what has been handed over was not, for its being so."""
         flight.prefilling = False
+        if flight.lent is not None:
+            cached, flight.lent = flight.lent.cached, None
         self.routes.router.first_token(flight.rid, now)
         self.prompt_tokens += len(flight.job.tokens)
         self.cached_tokens += cached
+        return cached
 
-    def _leave(self, flight: Flight, now: float) -> None:
+    def _leave(self, flight: Flight, now: float, computed: bool = False) -> None:
+        """``computed``: the prompt, by a prefill worker."""
         worker = flight.worker
         if worker is None:
             return
         flight.worker = None
-        self.routes.router.finished(flight.rid, now, 0 if flight.prefilling else flight.received)
+        if flight.prefill is None:
+            self.routes.router.finished(flight.rid, now, 0 if flight.prefilling else flight.received)
+        else:
+            self.routes.hand_overs.finished(flight.rid, now, int(computed))
+            flight.prefill = flight.decode = None
         at = self._at[worker]
         del at[flight.rid]
         if not at:
@@ -276,13 +413,14 @@ class Flights:
             self._waiting.pop(flight.rid, None)
         self._leave(flight, now)
         del self.open[flight.rid]
-        return [Abandon(worker, flight.rid, flight.attempt)] if tell and worker is not None else []
+        actions: list[Action] = [Abandon(worker, flight.rid, flight.attempt)] if tell and worker is not None else []
+        return actions if flight.lent is None else actions + self._give_up(flight)
 
     def _finish(self, flight: Flight, finish: str, now: float) -> list[Action]:
-        if finish in ("stop", "length"):
-            self._release(flight, now, tell=False)
+        if finish in ("stop", "length") and flight.prefill is None:
+            actions = self._release(flight, now, tell=False)
             flight.sink.on_end(Outcome(finish, tuple(flight.workers), flight.migrations))
-            return []
+            return actions
         # The engine gave it up (error, abort that we did not ask for): as good as lost there.
         return self._lost(flight, f"worker {flight.worker} ended the request ({finish})", now, tell=False)
 
@@ -292,7 +430,13 @@ class Flights:
         return actions
 
     def _lost(self, flight: Flight, reason: str, now: float, tell: bool = True) -> list[Action]:
-        if flight.attempt >= MIGRATION_LIMIT or (flight.received and not flight.job.resumable):
+        prefill = flight.prefill is not None
+        if prefill:
+            self.prefill_fallbacks += 1
+            flight.failed_prefill = flight.worker
+        else:
+            flight.failed = flight.worker
+        if flight.failures >= MIGRATION_LIMIT or (flight.received and not flight.job.resumable):
             # The client has already seen a part that nobody can continue, or it has cost enough workers.
             failure = Failure(503, "worker_lost", f"The request could not be completed: {reason}.", 1)
             return self._fail(flight, failure, now, tell)
@@ -301,7 +445,9 @@ class Flights:
             actions.append(Abandon(flight.worker, flight.rid, flight.attempt))
         self._leave(flight, now)
         flight.attempt += 1
-        flight.migrations += 1
-        self.migrations += 1
+        flight.failures += 1
+        if not prefill:
+            flight.migrations += 1
+            self.migrations += 1
         flight.since = now
         return actions + self._route(flight, now)

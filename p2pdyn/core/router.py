@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from math import inf, isfinite
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from xxhash import xxh3_64_intdigest
 
 from p2pdyn.core.admission import DEFAULT_LIMITS, Limits, doubtful, saturation
-from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, POLICIES, View
+from p2pdyn.core.disagg import Verdict
+from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, POLICIES, Pull, View
 from p2pdyn.core.router_predict import Predictions
 from p2pdyn.core.router_shared import Shared
 from p2pdyn.core.router_target import DEFAULT_TPS, Target
@@ -84,6 +85,17 @@ class Decision:
     costs: list[float]
     why: str
     """cost, session, pin"""
+    pull: Pull | None = None
+    """Blocks that it takes from another target first; ``uncached`` and ``cost`` count on them."""
+    prefill: Prefill | None = None
+    """Of a decode worker, once it has been asked whether a prefill worker computes the prompt."""
+
+
+class Prefill(NamedTuple):
+    """``target`` is the best prefill worker's, None if none was asked."""
+
+    target: Target | None
+    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +140,27 @@ class Router:
         self._mask = 0
         """Of the targets asked about last, and the same as a bit set."""
 
+    def for_hand_overs(self) -> Router:
+        """Another one over the same index, for workers that only compute prompts: by `kv` whatever the policy here,
+        and no answer is expected of them."""
+        other = Router("kv", random.Random(self._rng.random()), self._index, self._limits)
+        other._output = 1.0
+        return other
+
     # One decision.
 
     def choose(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
         """Where ``ask`` should go; None if nobody may take it. :meth:`sent` tells that it went there."""
         decision = self._decide(ask, targets, now)
+        self.settle(decision, now)
+        return decision
+
+    def settle(self, decision: Decision | None, now: float) -> None:
+        """What :meth:`explain` answered is the choice: the next one is another turn."""
         self._turn += 1
         self._draws = (self._rng.random(), self._rng.random())
         if decision is not None and decision.view.known:
-            self._shared.left(ask.hashes[decision.view.known - 1], now)
-        return decision
+            self._shared.left(decision.ask.hashes[decision.view.known - 1], now)
 
     def explain(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
         """What :meth:`choose` would answer now, without its being the next turn."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from p2pdyn.core.router_target import Target
 
@@ -67,6 +68,16 @@ class View:
     turn: int
     draws: tuple[float, float]
     """Uniform in [0, 1): all the randomness of this decision."""
+
+
+class Pull(NamedTuple):
+    """``source`` holds the prompt's leading ``blocks``. Those of them that the chosen target lacks come from there in
+    ``pull_s``; it would compute them in ``compute_s``."""
+
+    source: Target
+    blocks: int
+    pull_s: float
+    compute_s: float
 
 
 Scorer = Callable[[View], list[float]]

@@ -18,7 +18,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from math import exp
 
-from p2pdyn.core.types import Load, NodeId
+from p2pdyn.core.types import AGGREGATED, Load, NodeId
 
 IN_FLIGHT_S = 0.01
 """One way to the worker and through its loop; its report one way back."""
@@ -41,15 +41,26 @@ class _Open:
 
 class Target:
     """``slot`` is its bit in the KV index, -1 if it has none. ``approximate``: its engine tells no KV events, so what
-    it holds is guessed from what was sent to it. ``now`` never goes back."""
+    it holds is guessed from what was sent to it. ``role`` and ``moves_kv`` are as its worker gossips them. ``now``
+    never goes back."""
 
     __slots__ = (
         "_as_of", "_assumed_tps", "_open", "_recent", "_reported", "_tokens", "_worked", "approximate",
-        "decode_blocks", "itl_per_block_s", "load", "my_blocks", "my_pending", "others", "others_blocks", "rank",
-        "requests", "slot", "tps", "waits", "work", "worker",
+        "block_pull_s", "decode_blocks", "itl_per_block_s", "load", "moves_kv", "my_blocks", "my_pending", "others",
+        "others_blocks", "rank", "requests", "role", "slot", "tps", "waits", "work", "worker",
     )  # fmt: skip
 
-    def __init__(self, worker: NodeId, rank: int = 0, slot: int = -1, approximate: bool = False) -> None:
+    def __init__(
+        self,
+        worker: NodeId,
+        rank: int = 0,
+        slot: int = -1,
+        approximate: bool = False,
+        role: str = AGGREGATED,
+        moves_kv: str = "",
+    ) -> None:
+        self.role = role
+        self.moves_kv = moves_kv
         self.worker = worker
         self.rank = rank
         self.slot = slot
@@ -59,6 +70,8 @@ class Target:
         self.tps = self._assumed_tps = DEFAULT_TPS
         """Prefill tokens a second; never 0."""
         self.itl_per_block_s = 0.0
+        self.block_pull_s = 0.0
+        """Seconds in which it reads a KV block from another worker; 0: not measured, or it cannot."""
         self.waits = False
         """Prefill may be queued there: :meth:`queue_s` is asked. Otherwise it is 0."""
         self.requests = 0
@@ -87,6 +100,7 @@ class Target:
         self.load = load
         self.tps = load.prefill_tps or self._assumed_tps
         self.itl_per_block_s = load.itl_per_block_ms * 1e-3
+        self.block_pull_s = load.block_bytes / load.pull_bps if load.pull_bps else 0.0
         tokens, requests, blocks = load.prefill_tokens_queued, len(self._open), self.my_blocks
         recent = self._recent
         while recent and recent[0][0] <= now - IN_FLIGHT_S:

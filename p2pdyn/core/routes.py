@@ -1,5 +1,8 @@
 """Who may take a model's requests now, and who waits for them: what the router chooses from.
 
+Requests go to aggregated and decode workers. Prefill workers only compute prompts for decode workers and hand their KV
+blocks over; who does that for a request is asked (:meth:`Routes.prefill`) once its decode worker is chosen.
+
 Targets come and go with workers and their links; a target that still has requests of ours is kept, so that what is
 known of its load is not forgotten when it is back.
 """
@@ -9,13 +12,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from p2pdyn.core import disagg
 from p2pdyn.core.admission import Admission
 from p2pdyn.core.kvhash import root_seed, sequence_hashes
 from p2pdyn.core.request import Failure, Job
-from p2pdyn.core.router import Ask, Decision, Router
+from p2pdyn.core.router import Ask, Decision, Prefill, Router
 from p2pdyn.core.router_target import Target
-from p2pdyn.core.types import Load, NodeId
+from p2pdyn.core.types import AGGREGATED, DECODE, PREFILL, Load, NodeId
 from p2pdyn.wire.kvpack import little
 
 HASHING = ("kv", "kv-dynamo")
@@ -25,18 +30,31 @@ Key = tuple[NodeId, int]
 """(worker, data-parallel rank)."""
 
 
+class Endpoint(NamedTuple):
+    """One routing target as its worker gossips it. ``kv_events``: its engine tells them; ``moves_kv`` as in
+    :class:`~p2pdyn.core.types.ServedModel`."""
+
+    worker: NodeId
+    rank: int = 0
+    kv_events: bool = False
+    role: str = AGGREGATED
+    moves_kv: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """One model's workers: ``targets`` are (worker, rank, whether its engine tells KV events)."""
+    """One model's workers, of all roles."""
 
     block_size: int
-    targets: tuple[tuple[NodeId, int, bool], ...] = ()
+    targets: tuple[Endpoint, ...] = ()
 
 
 @dataclass(slots=True)
 class _Model:
     block_size: int
     targets: list[Target]
+    """Those that generate."""
+    prefills: list[Target]
     queue: Admission = field(default_factory=Admission)
 
 
@@ -45,6 +63,8 @@ class Routes:
 
     def __init__(self, router: Router) -> None:
         self.router = router
+        self.hand_overs = router.for_hand_overs()
+        """The same for prefill workers."""
         self.crowded: set[str] = set()
         """Models with requests in their queue."""
         self.prompt_blocks = 0
@@ -61,15 +81,17 @@ class Routes:
         """Take over who may be routed to, by model; a model that is not named has nobody."""
         named: set[Key] = set()
         for name, one in serving.items():
-            targets = [self._target(*target) for target in one.targets]
-            named.update((target.worker, target.rank) for target in targets)
+            everyone = [self._target(endpoint) for endpoint in one.targets]
+            named.update((target.worker, target.rank) for target in everyone)
+            targets = [target for target in everyone if target.role != PREFILL]
+            prefills = [target for target in everyone if target.role == PREFILL]
             known = self._models.get(name)
             if known is None:
-                self._models[name] = _Model(one.block_size, targets)
+                self._models[name] = _Model(one.block_size, targets, prefills)
             else:
-                known.block_size, known.targets = one.block_size, targets
+                known.block_size, known.targets, known.prefills = one.block_size, targets, prefills
         for name in self._models.keys() - serving.keys():
-            self._models[name].targets = []
+            self._models[name].targets, self._models[name].prefills = [], []
             if not len(self._models[name].queue):
                 del self._models[name]
         for key in [key for key, target in self._targets.items() if key not in named and not target.mine]:
@@ -79,6 +101,7 @@ class Routes:
         """Nobody is sent there from now on."""
         for model in self._models.values():
             model.targets = [target for target in model.targets if target.worker != worker]
+            model.prefills = [target for target in model.prefills if target.worker != worker]
         for key in [key for key in self._targets if key[0] == worker]:
             self._forget(key)
 
@@ -99,7 +122,7 @@ class Routes:
             target.report(load, now)
 
     def serves(self, model: str) -> bool:
-        """Whether anybody may be routed to."""
+        """Whether anybody may be routed to; prefill workers alone may not."""
         known = self._models.get(model)
         return known is not None and bool(known.targets)
 
@@ -124,7 +147,60 @@ class Routes:
     def explain(self, job: Job, now: float) -> Decision | None:
         """What :meth:`choose` would answer for the prompt now, leaving no trace."""
         found = self._ask(job, job.tokens, None)
-        return None if found is None else self.router.explain(*found, now)
+        decision = None if found is None else self.router.explain(*found, now)
+        if decision is not None and decision.target.role == DECODE:
+            self._prefill(job, decision, None, now)
+        return decision
+
+    def prefill(self, job: Job, decision: Decision, failed: NodeId | None, now: float) -> Decision | None:
+        """Who computes the prompt of ``decision``, which is for a decode worker, and hands it over, never ``failed``;
+        None: the decode worker does better itself. ``decision.prefill`` says why."""
+        found = self._prefill(job, decision, failed, now)
+        if found is not None:
+            self.hand_overs.settle(found, now)
+        return found
+
+    def again(
+        self, job: Job, tokens: array[int], decision: Decision, failed: NodeId | None, now: float
+    ) -> Decision | None:
+        """``decision``, made a while ago, while its target is there and has room, else another one."""
+        if self.current(decision.target) and (job.pin or not self.router.saturated((decision.target,), now)):
+            return decision
+        return self.choose(job, tokens, failed, now)
+
+    def current(self, target: Target) -> bool:
+        """Whether ``target`` is still one: its worker has not been lost since."""
+        return self._targets.get((target.worker, target.rank)) is target
+
+    def _prefill(self, job: Job, decision: Decision, failed: NodeId | None, now: float) -> Decision | None:
+        target, ask, size = decision.target, decision.ask, decision.ask.block_size
+        found: Decision | None = None
+        if decision.uncached > size and target.moves_kv:
+            able = [
+                one
+                for one in self._models[job.model].prefills
+                if one.moves_kv == target.moves_kv and one.worker != failed
+            ]
+            found = self.hand_overs.explain(Ask(ask.tokens, ask.hashes, size), able, now)
+        pull = decision.pull
+        local = disagg.Side(
+            decision.uncached,
+            target.queue_s(now),
+            target.load.prefill_tps,
+            max(0, target.requests - target.load.queued),
+            pull.pull_s if pull is not None else 0.0,
+        )
+        if found is None:
+            decision.prefill = Prefill(None, disagg.judge(local, None, size, 0.0))
+            return None
+        there = found.target
+        remote = disagg.Side(found.uncached, there.queue_s(now), there.load.prefill_tps)
+        lacking = ask.tokens - decision.matched * size
+        moving_s = disagg.pull_s(lacking, size, there.load.block_bytes, target.load.pull_bps)
+        full = self.hand_overs.saturated((there,), now)
+        verdict = disagg.judge(local, remote, size, moving_s, full)
+        decision.prefill = Prefill(there, verdict)
+        return found if verdict.remote else None
 
     def _ask(self, job: Job, tokens: array[int], failed: NodeId | None) -> tuple[Ask, list[Target]] | None:
         model = self._models.get(job.model)
@@ -187,13 +263,16 @@ class Routes:
     def _saturated(self, model: _Model, now: float) -> bool:
         return self.router.saturated(model.targets, now)
 
-    def _target(self, worker: NodeId, rank: int, tells: bool) -> Target:
-        key = (worker, rank)
+    def _target(self, one: Endpoint) -> Target:
+        key = (one.worker, one.rank)
         target = self._targets.get(key)
         if target is None:
-            target = self._targets[key] = Target(worker, rank, self._slots.get(key, -1))
-        target.approximate = self._hashing and not tells
+            target = self._targets[key] = Target(*key, self._slots.get(key, -1))
+        target.approximate = self._hashing and not one.kv_events
+        target.role, target.moves_kv = one.role, one.moves_kv
         return target
 
     def _forget(self, key: Key) -> None:
-        self.router.predictions.forget(self._targets.pop(key))
+        target = self._targets.pop(key)
+        self.router.predictions.forget(target)
+        self.hand_overs.predictions.forget(target)

@@ -98,7 +98,9 @@ class ServedModel:
     """One model that a worker serves, as gossiped.
 
     ``card`` is the model card's content hash (32 hex digits) by which a frontend fetches it; ``fingerprint`` is what
-    two workers must share to be routed together (block size, card, weights, hash parameters).
+    two workers must share to be routed together (block size, card, weights, hash parameters).  ``moves_kv`` names what
+    carries KV blocks to another worker ("ours", or an engine's own connector: "nixl"): of two that say the same, one
+    can hand its over to the other; "" means to nobody.
     """
 
     name: str
@@ -108,6 +110,7 @@ class ServedModel:
     context: int
     ranks: int = 1
     kv_events: bool = False
+    moves_kv: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,10 @@ class Load:
     itl_ms: float = 0.0
     itl_per_block_ms: float = 0.0
     """What one more active block adds to the time between two tokens."""
+    block_bytes: int = 0
+    """Of one KV block as it is moved; 0: our transfer cannot take any from here."""
+    pull_bps: float = 0.0
+    """Bytes a second of this worker's reads from others; 0: none measured, or not able to."""
 
 
 @dataclass(slots=True)

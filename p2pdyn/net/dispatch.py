@@ -12,16 +12,17 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from p2pdyn.constants import LINK_IDLE_S, MODEL_KNOWN_S
 from p2pdyn.core.catalog import Catalog
-from p2pdyn.core.flight import Abandon, Action, Dispatch, Flights
+from p2pdyn.core.flight import Abandon, Action, Dispatch, Flights, Transfer
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.request import Failure, Job, Logprobs, Rejected, Sink
 from p2pdyn.core.router import Decision, Router
-from p2pdyn.core.routes import HASHING, Key, Routes, Serving
-from p2pdyn.core.types import Address, Load, NodeId, PeerInfo
+from p2pdyn.core.routes import HASHING, Endpoint, Key, Routes, Serving
+from p2pdyn.core.types import PREFILL, Address, Load, NodeId, PeerInfo
 from p2pdyn.http.backend import Metric, ModelStatus
 from p2pdyn.http.metrics import Histogram
 from p2pdyn.net.cards import Cards
@@ -31,7 +32,7 @@ from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker_link import WorkerLink
 from p2pdyn.text.card import ModelCard
 from p2pdyn.wire.codec import WireError, decode_logprobs, encode, encode_params
-from p2pdyn.wire.requests import Cancel, Generate, Heartbeat, Hello, Refused, Tokens
+from p2pdyn.wire.requests import Cancel, Generate, Heartbeat, Hello, Prefilled, Refused, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Dispatcher:
     def models(self) -> list[ModelStatus]:
         offset = time.time() - self._loop.time()
         return [
-            ModelStatus(m.name, len(m.workers), m.served.block_size, m.served.context, int(m.since + offset))
+            ModelStatus(m.name, m.ready, m.served.block_size, m.served.context, int(m.since + offset))
             for m in self.catalog.models.values()
         ]
 
@@ -125,11 +126,13 @@ class Dispatcher:
         known = self.catalog.models.get(job.model)
         if known is None:
             raise Rejected(Failure(404, "model_not_found", self._unknown(job.model)))
-        if not known.workers:
+        if not known.ready:
             message = f"Model {job.model!r} has no ready worker at present; retry in a moment."
+            if known.workers:
+                message = f"Model {job.model!r} has prefill workers alone at present, which answer nothing."
             raise Rejected(Failure(503, "no_ready_worker", message, 1))
-        if job.pin and job.pin not in known.workers:
-            message = f"Worker {job.pin!r} (x-p2pdyn-pin) is not a ready worker of model {job.model!r}."
+        if job.pin and known.roles.get(NodeId(job.pin), PREFILL) == PREFILL:
+            message = f"Worker {job.pin!r} (x-p2pdyn-pin) is not a ready worker of model {job.model!r} that answers."
             raise Rejected(Failure(503, "no_ready_worker", message, 1))
         self._want(job.model)
         now = self._loop.time()
@@ -152,9 +155,11 @@ class Dispatcher:
         return self._report()
 
     def readiness(self) -> tuple[bool, str]:
-        if any(model.workers for model in self.catalog.models.values()):
-            return True, "ready"
-        return False, "no worker of any model is ready"
+        models = self.catalog.models.values()
+        concerns = "; ".join(filter(None, [model.concern() for model in models]))
+        if any(model.ready for model in models):
+            return True, concerns or "ready"
+        return False, concerns or "no worker of any model is ready"
 
     def metrics(self) -> list[Metric | Histogram]:
         links = {worker: link.up for worker, link in self._links.items()}
@@ -274,9 +279,10 @@ class Dispatcher:
         serving = {}
         for name, model in self.catalog.models.items():
             targets = [
-                (link.worker, rank, model.workers[link.worker].kv_events)
+                Endpoint(link.worker, rank, served.kv_events, model.roles[link.worker], served.moves_kv)
                 for link in self._links_of(name)
-                for rank in range(model.workers[link.worker].ranks)
+                for served in (model.workers[link.worker],)
+                for rank in range(served.ranks)
             ]
             serving[name] = Serving(model.served.block_size, tuple(targets))
         self._carry_out(self.flights.routable(serving, now))
@@ -294,6 +300,9 @@ class Dispatcher:
         elif kind is Heartbeat:
             if message.epoch == link.epoch:
                 self._carry_out(self.flights.missing_at(link.worker, message.open, now - SETTLE_S, now))
+        elif kind is Prefilled:
+            if message.epoch == link.epoch:
+                self._carry_out(self.flights.prefilled(link.worker, message, now))
         elif kind is Refused:
             refused: Refused = message
             self._carry_out(
@@ -331,24 +340,35 @@ class Dispatcher:
         if self._links.get(link.worker) is link:
             self._link_down(link, "a request could not be sent to it")
 
-    @staticmethod
-    def _generate(epoch: int, action: Dispatch) -> bytes:
+    def _generate(self, epoch: int, action: Dispatch) -> bytes:
         job = action.job
-        return encode(
-            Generate(
-                action.rid,
-                action.attempt,
-                epoch,
-                job.model,
-                len(job.tokens),
-                action.tokens.tobytes(),
-                encode_params(job.params),
-                job.whole,
-                job.traceparent,
-                action.rank,
-                action.uncached,
-            )
+        message = Generate(
+            action.rid,
+            action.attempt,
+            epoch,
+            job.model,
+            len(job.tokens),
+            action.tokens.tobytes(),
+            encode_params(job.params),
+            job.whole,
+            job.traceparent,
+            action.rank,
+            action.uncached,
         )
+        if action.hand_over or action.transfer is not None:
+            message = self._with_transfer(message, action.hand_over, action.transfer)
+        return encode(message)
+
+    def _with_transfer(self, message: Generate, hand_over: bool, transfer: Transfer | None) -> Generate:
+        message = replace(message, hand_over=hand_over)
+        if transfer is None:
+            return message
+        source, epoch, lease, blocks, remote = transfer
+        if not epoch and (peer := self._peers.get(source)) is not None:
+            epoch = peer[0]
+        if not epoch:
+            return message
+        return replace(message, source=source, source_epoch=epoch, lease=lease, pull=blocks, remote=remote)
 
     def _unknown(self, model: str) -> str:
         names = ", ".join(sorted(self.catalog.models)) or "none yet"

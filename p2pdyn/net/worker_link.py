@@ -217,4 +217,6 @@ def _load(event: LoadEvent) -> Load:
         event.prefill_tps,
         event.itl_ms,
         event.itl_per_block_ms,
+        event.block_bytes,
+        event.pull_bps,
     )

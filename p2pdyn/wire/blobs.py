@@ -40,20 +40,30 @@ class _Model(NamedTuple):
     context: U64
     ranks: Annotated[int, Bound(1, MAX_RANKS)]
     kv_events: bool
+    moves_kv: _Word
 
 
 _MODEL = field_shapes(_Model, "PeerInfo.models")
+_LEAST_MODEL = len(_MODEL) - 1
+"""Fields of a row before ``moves_kv`` was added; one that has nothing to say there is as short still."""
 
 
 def _dump_models(models: Any) -> Any:
-    rows = [(m.name, m.card, m.fingerprint, m.block_size, m.context, m.ranks, m.kv_events) for m in models]
-    return [[one.dump(value) for one, value in zip(_MODEL, row, strict=True)] for row in rows]
+    return [_dump_model(model) for model in models]
+
+
+def _dump_model(m: ServedModel) -> list[Any]:
+    row = (m.name, m.card, m.fingerprint, m.block_size, m.context, m.ranks, m.kv_events, m.moves_kv)
+    plain = [one.dump(value) for one, value in zip(_MODEL, row, strict=True)]
+    return plain if m.moves_kv else plain[:_LEAST_MODEL]
 
 
 def _load_models(plain: Any) -> tuple[ServedModel, ...]:
-    if type(plain) is not tuple or any(type(row) is not tuple or len(row) != len(_MODEL) for row in plain):
+    if type(plain) is not tuple or any(
+        type(row) is not tuple or not _LEAST_MODEL <= len(row) <= len(_MODEL) for row in plain
+    ):
         raise WireError("PeerInfo.models: not an array of models")
-    return tuple([ServedModel(*[one.load(v) for one, v in zip(_MODEL, row, strict=True)]) for row in plain])
+    return tuple([ServedModel(*[one.load(v) for one, v in zip(_MODEL, row, strict=False)]) for row in plain])
 
 
 def _json(value: Any, depth: int = 0) -> Any:

@@ -35,6 +35,8 @@ class LoadEvent:
     itl_per_block_ms: Annotated[float, Bound(0, 1e9)] = 0.0
     rank: U8 = 0
     """The data-parallel rank that this is about."""
+    block_bytes: U64 = 0
+    pull_bps: Annotated[float, Bound(0, 1e15)] = 0.0
 
 
 MAX_OPS = 4 * 2**20 - 1024

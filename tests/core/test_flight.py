@@ -16,7 +16,7 @@ from p2pdyn.core.admission import MAX_QUEUED
 from p2pdyn.core.flight import MAX_WAITING, MIGRATION_LIMIT, WAIT_S, Abandon, Dispatch, Flights
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected
 from p2pdyn.core.router import Router
-from p2pdyn.core.routes import Routes, Serving
+from p2pdyn.core.routes import Endpoint, Routes, Serving
 from p2pdyn.core.types import Load, NodeId, SamplingParams
 from p2pdyn.wire.requests import Delta
 
@@ -57,7 +57,7 @@ def make_flights(*workers: NodeId, policy: str = "round-robin") -> Flights:
 
 
 def serving(*workers: NodeId) -> dict[str, Serving]:
-    return {MODEL: Serving(16, tuple((worker, 0, True) for worker in workers))}
+    return {MODEL: Serving(16, tuple(Endpoint(worker, 0, True) for worker in workers))}
 
 
 def job(resumable: bool = True, pin: str = "") -> Job:
