@@ -50,6 +50,7 @@ def served_model(info: EngineInfo, card_digest: str) -> ServedModel:
         *(info.model, card_digest, fingerprint(info, card_digest), info.block_size, info.context),
         ranks=info.ranks,
         kv_events=info.kv_events,
+        moves_kv=info.moves_kv or (OURS if info.block_bytes else ""),
     )
 
 
