@@ -69,6 +69,8 @@ def parse(options: EngineOptions) -> Arguments:
         raise EngineUsageError(f"vLLM does not take the arguments after --: {one_line(error)}") from error
     if "--disable-log-stats" not in _given(options.args):
         engine.disable_log_stats = True  # its own log; the statistics are on all the same
+    if cpu and engine.enforce_eager:  # else the first request for logprobs waits half a minute for a C++ compiler
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     publishers, sockets = _publish(engine, options)
     return Arguments(engine, publishers, _loras(parsed.lora_modules), _transfer(engine, options, cpu), sockets)
 

@@ -27,7 +27,7 @@ JUMP_S = LEASE_S / 2
 """A clock that advanced this far between two looks means that this process stood still."""
 RESET_S = 2.0 * LEASE_S
 NEWS_S = 10.0
-CLOSE_S = 2.0
+CLOSE_S = 1.0
 CALL_S = 5.0
 
 
@@ -186,8 +186,8 @@ class Bridge:
                     log.info("%s", line)
 
     def _stood_still(self) -> bool:
-        """Whether this process was stopped just now. Then what is being pulled may be another prompt's: the other side has
-        waited in vain, and given its blocks away."""
+        """Whether this process was stopped just now. Then what is being pulled may be another prompt's: the other side
+        has waited in vain, and given its blocks away."""
         now = boot_time()
         gap, self._seen = now - self._seen, now
         if gap < JUMP_S:

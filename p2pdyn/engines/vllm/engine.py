@@ -6,7 +6,6 @@ import logging
 import os
 import queue
 import shutil
-import sys
 import time
 from contextlib import suppress
 from typing import Any
@@ -25,7 +24,7 @@ from p2pdyn.engines.base import (
     Step,
     TransferOrder,
 )
-from p2pdyn.engines.vllm import arguments, handoff, model, sampling, versions
+from p2pdyn.engines.vllm import arguments, handoff, leftovers, model, sampling, versions
 from p2pdyn.engines.vllm.arguments import one_line
 from p2pdyn.engines.vllm.bridge import Bridge, Job
 from p2pdyn.engines.vllm.logtap import LogTap
@@ -66,13 +65,14 @@ class VllmEngine:
     # ---- loading
 
     def load(self, progress: Progress) -> EngineInfo:
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+        _log_to_stderr()
         progress(0.0, "importing vLLM")
         version = versions.installed()
         arguments.environment(self._options)
         parsed = self._parsed = arguments.parse(self._options)
         progress(0.15, "reading the model's configuration")
         config = _configured(parsed.engine)
+        leftovers.remove(self._options.data_dir)
         folder = model.folder_of(parsed.engine.model, parsed.engine.revision)
         guided = not config.model_config.skip_tokenizer_init
         features = tuple(sorted(sampling.FEATURES + ("guided",) * guided + ("lora",) * bool(parsed.loras)))
@@ -125,6 +125,7 @@ class VllmEngine:
             reason = tap.error or one_line(bridge.failure)
             raise EngineError(f"vLLM could not start: {reason}") from bridge.failure
         self._bridge = bridge
+        leftovers.record(self._options.data_dir)
 
     def _learn(self, config: Any) -> None:
         """What vLLM has resolved while it loaded."""
@@ -151,7 +152,7 @@ class VllmEngine:
             return
         try:
             job = self._job(sequence, room)
-        except ValueError as error:
+        except Exception as error:  # vLLM's and pydantic's, of several unrelated classes
             self._instant.append(Output(sequence.key, (), "error", detail=one_line(error)))
             return
         self._open.add(sequence.key)
@@ -173,7 +174,7 @@ class VllmEngine:
             options["priority"] = params.priority
         if self._traced and sequence.traceparent:
             options["trace_headers"] = {"traceparent": sequence.traceparent}
-        prompt: dict[str, Any] = {"prompt_token_ids": sequence.tokens.tolist()}
+        prompt: dict[str, Any] = {"type": "token", "prompt_token_ids": sequence.tokens.tolist()}
         if params.cache_salt:
             prompt["cache_salt"] = params.cache_salt
         vllm_params = sampling.to_vllm(sequence, room, self._eos, transfer)
@@ -237,6 +238,7 @@ class VllmEngine:
         if self._bridge is not None:
             self._bridge.close()
             self._bridge = None
+            leftovers.remove(self._options.data_dir)
         if self._parsed is not None and self._parsed.sockets is not None:
             shutil.rmtree(self._parsed.sockets, ignore_errors=True)
 
@@ -251,6 +253,15 @@ class VllmEngine:
             self._told = now
             self._moved = True
             self._wake()
+
+
+def _log_to_stderr() -> None:
+    """vLLM sets up its own loggers only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s vllm: %(message)s"))
+    own = logging.getLogger("p2pdyn")
+    own.addHandler(handler)
+    own.setLevel(logging.INFO)
 
 
 def _configured(args: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from p2pdyn.text.card import CHATML
+from p2pdyn.text.card import CHATML, byte_level
 
 VOCAB, HIDDEN, LAYERS, HEADS, INNER, CONTEXT = 259, 256, 4, 4, 512, 4096
 END = 258
@@ -62,7 +62,5 @@ def make(folder: Path) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    import p2pdyn.text.card as card
-
-    (folder / "tokenizer.json").write_bytes((Path(card.__file__).parent / "byte_level.json").read_bytes())
+    (folder / "tokenizer.json").write_bytes(byte_level().tokenizer_json)
     return folder

@@ -1,0 +1,143 @@
+"""vLLM engines for tests, each in its host child as a node has it; a test without vLLM installed is skipped."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import uvloop
+from support.engines import Result
+
+from p2pdyn.engines.base import EngineInfo, EngineOptions, Held, Sequence, Step
+from p2pdyn.engines.child import ChildRunner
+
+T = TypeVar("T")
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_COLOR": "0",
+}
+ARGS = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "4")
+WAIT_S = 60.0
+START_S = 280.0
+"""Loading imports vLLM in three processes one after the other."""
+
+
+def _installed() -> bool:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return bool(version(name))
+        except PackageNotFoundError:
+            continue
+    return False
+
+
+needs_vllm = pytest.mark.skipif(not _installed(), reason="vLLM is not installed: tox -e vllm")
+
+
+@dataclass
+class Vllm:
+    """One engine and all that it has told."""
+
+    runner: ChildRunner
+    info: EngineInfo | None = None
+    results: dict[int, Result] = field(default_factory=dict)
+    held: dict[int, Held] = field(default_factory=dict)
+    deaths: list[str] = field(default_factory=list)
+    progress: list[tuple[float, str]] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def on_step(self, step: Step) -> None:
+        for output in step.outputs:
+            result = self.results.setdefault(output.key, Result())
+            assert not result.finish, "output after the end"
+            result.tokens += output.tokens
+            result.finish, result.detail = output.finish, output.detail
+            result.cached += output.cached
+            result.logprobs += output.logprobs
+            result.steps += 1
+        for note in step.transfers:
+            assert isinstance(note, Held)
+            self.held[note.key] = note
+        self.changed.set()
+
+    def on_death(self, reason: str) -> None:
+        self.deaths.append(reason)
+        self.changed.set()
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for what changes with a step, a load report or a death."""
+        async with asyncio.timeout(WAIT_S):
+            while not condition():
+                self.changed.clear()
+                with suppress(TimeoutError):  # load reports come without a call
+                    await asyncio.wait_for(self.changed.wait(), 0.1)
+
+    async def finished(self, *sequences: Sequence) -> list[Result]:
+        """Submit these, and wait for their ends."""
+        self.runner.submit(list(sequences))
+        keys = [one.key for one in sequences]
+        await self.until(lambda: all(key in self.results and self.results[key].finish for key in keys))
+        return [self.results[key] for key in keys]
+
+
+class Lab:
+    """Engines on one event loop that runs only while a test does."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.model = model
+        self.engines: list[Vllm] = []
+        self._loop = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+    def run(self, work: Awaitable[T], timeout: float = 120.0) -> T:
+        async def bounded() -> T:
+            async with asyncio.timeout(timeout):
+                return await work
+
+        return self._loop.run(bounded())
+
+    def make(self, *args: str, **options: Any) -> Vllm:
+        """An engine that is not started yet."""
+        folder = self.folder / f"engine{len(self.engines)}"
+        folder.mkdir()
+        told: list[Vllm] = []
+        runner = ChildRunner(
+            "vllm",
+            "p2pdyn.engines.vllm",
+            EngineOptions(str(self.model), None, (*ARGS, *args), offline=True, data_dir=folder, **options),
+            lambda step: told[0].on_step(step),
+            lambda reason: told[0].on_death(reason),
+        )
+        told.append(Vllm(runner))
+        self.engines.append(told[0])
+        return told[0]
+
+    def start(self, engines: Iterable[Vllm]) -> None:
+        """Start them one after the other: each is faster alone."""
+        for engine in engines:
+            self.run(self._start(engine), START_S)
+
+    async def _start(self, engine: Vllm) -> None:
+        engine.info = await engine.runner.start(lambda fraction, what: engine.progress.append((fraction, what)))
+
+    def close(self) -> None:
+        for engine in self.engines:
+            self.run(engine.runner.close())
+        self._loop.close()
+
+
+def signal_group(engine: Vllm, number: int) -> None:
+    """To the host child and all that it has started."""
+    assert engine.runner.pid is not None
+    os.killpg(engine.runner.pid, number)

@@ -1,0 +1,300 @@
+"""vLLM behind the Engine protocol, on a tiny random model: what is asked is what is done."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.engines import Result, sequence
+from support.tiny_llama import CONTEXT, END
+from support.vllm_engine import Lab, Vllm, needs_vllm
+
+from p2pdyn.engines.base import BlocksStored, EngineError, EngineUsageError, KvEvent, Sequence
+from p2pdyn.net.curve import Security
+from p2pdyn.net.engine_events import EngineEvents, Publisher
+from p2pdyn.net.sockets import Sockets
+from p2pdyn.text.card import ModelCard
+
+pytestmark = [needs_vllm, pytest.mark.timeout(400)]
+
+KEYS = count(1)
+
+
+@pytest.fixture(scope="module")
+def vllm(lab: Lab) -> Iterator[Vllm]:
+    engine = lab.make()
+    lab.start([engine])
+    return engine
+
+
+def ask(prompt: str, **params: Any) -> Sequence:
+    params.setdefault("ignore_eos", True)
+    return sequence(next(KEYS), list(prompt.encode()), **params)
+
+
+def tokens(lab: Lab, vllm: Vllm, *sequences: Sequence) -> list[Result]:
+    return lab.run(vllm.finished(*sequences))
+
+
+PROMPT = "A prompt of more than three blocks of thirty-two tokens each, so that there is something to cache. Indeed."
+
+
+def test_loading_is_told_in_phases_and_describes_the_model(vllm: Vllm) -> None:
+    info, fractions = vllm.info, [fraction for fraction, _ in vllm.progress]
+    phases = [what for _, what in vllm.progress]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    assert {"importing vLLM", "loading weights", "profiling", "ready"} <= set(phases)
+    assert info is not None
+    assert (info.engine, info.model, info.context, info.block_size, info.ranks) == ("vllm", "tiny", CONTEXT, 32, 1)
+    assert info.kv_blocks > 100
+    assert info.moves_kv == ""
+    assert "guided" in info.features
+    card = ModelCard.unpack(info.card)
+    assert card.context == CONTEXT
+    assert END in card.eos_token_ids
+
+
+def test_greedy_output_is_the_same_again_and_comes_from_the_prefix_cache(lab: Lab, vllm: Vllm) -> None:
+    (first,) = tokens(lab, vllm, ask(PROMPT, max_tokens=24))
+    (again,) = tokens(lab, vllm, ask(PROMPT, max_tokens=24))
+    assert first.finish == again.finish == "length"
+    assert first.tokens == again.tokens
+    assert len(first.tokens) == 24
+    assert first.steps > 1, "tokens come one by one, not at the end"
+    assert (first.cached, again.cached) == (0, 96)
+    (salted,) = tokens(lab, vllm, ask(PROMPT, max_tokens=24, cache_salt="other"))
+    assert salted.tokens == first.tokens
+    assert salted.cached == 0
+
+
+def test_a_sequence_goes_on_behind_the_output_of_an_earlier_attempt(lab: Lab, vllm: Vllm) -> None:
+    (whole,) = tokens(lab, vllm, ask("Go on", max_tokens=20))
+    rest = sequence(next(KEYS), list(b"Go on"), whole.tokens[:12], max_tokens=20, ignore_eos=True)
+    done = sequence(next(KEYS), list(b"Go on"), whole.tokens, max_tokens=20, ignore_eos=True)
+    resumed, nothing = tokens(lab, vllm, rest, done)
+    assert whole.tokens[:12] + resumed.tokens == whole.tokens
+    assert resumed.finish == "length"
+    assert (nothing.tokens, nothing.finish) == ([], "length")
+
+
+def test_stop_tokens_end_a_sequence_and_are_its_last_token(lab: Lab, vllm: Vllm) -> None:
+    (whole,) = tokens(lab, vllm, ask(PROMPT, max_tokens=24))
+    stop = whole.tokens[2]
+    where = whole.tokens.index(stop)
+    stopped, later = tokens(
+        lab,
+        vllm,
+        ask(PROMPT, max_tokens=24, stop_token_ids=(stop,)),
+        ask(PROMPT, max_tokens=24, stop_token_ids=(stop,), min_tokens=where + 3),
+    )
+    assert (stopped.tokens, stopped.finish) == (whole.tokens[: where + 1], "stop")
+    assert stop not in later.tokens[: where + 2]
+
+
+def test_logprobs_are_the_chosen_tokens_and_of_the_likeliest(lab: Lab, vllm: Vllm) -> None:
+    none, two = tokens(lab, vllm, ask(PROMPT, max_tokens=4, logprobs=0), ask(PROMPT, max_tokens=4, logprobs=2))
+    assert [others for _, others in none.logprobs] == [()] * 4
+    assert len(two.logprobs) == 4
+    for token, (chosen, others) in zip(two.tokens, two.logprobs, strict=True):
+        assert others[0] == (token, chosen), "greedy: the chosen token is the likeliest"
+        assert others[1][1] <= chosen < 0
+    assert [chosen for chosen, _ in none.logprobs] == pytest.approx([chosen for chosen, _ in two.logprobs], abs=1e-4)
+
+
+def test_sampling_is_seeded_and_penalties_bite(lab: Lab, vllm: Vllm) -> None:
+    def hot(**params: Any) -> Sequence:
+        return ask(PROMPT, max_tokens=16, temperature=1.5, **params)
+
+    one, same, other, narrow, greedy = tokens(
+        lab, vllm, hot(seed=1), hot(seed=1), hot(seed=2), hot(seed=3, top_k=1), ask(PROMPT, max_tokens=16)
+    )
+    assert one.tokens == same.tokens
+    assert one.tokens != other.tokens
+    assert narrow.tokens == greedy.tokens
+    (varied,) = tokens(lab, vllm, ask(PROMPT, max_tokens=16, frequency_penalty=2.0, presence_penalty=2.0))
+    assert len(set(varied.tokens)) > len(set(greedy.tokens))
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"enum": ["yes", "no"]}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("guided", "pattern"),
+    [
+        ({"json": SCHEMA}, r'\{\s*"ok"\s*:\s*"(yes|no)"\s*\}'),
+        ({"regex": "ab[0-9]{3}"}, r"ab[0-9]{3}"),
+        ({"grammar": 'root ::= "left" | "right"'}, "left|right"),
+        ({"choice": ["red", "green"]}, "red|green"),
+    ],
+    ids=["json", "regex", "grammar", "choice"],
+)
+def test_guided_output_has_the_form_asked_for(lab: Lab, vllm: Vllm, guided: dict[str, Any], pattern: str) -> None:
+    (result,) = tokens(lab, vllm, ask("Say", max_tokens=400, guided=guided, ignore_eos=False, temperature=1.0, seed=5))
+    assert result.finish == "stop", result.detail
+    text = bytes(token for token in result.tokens if token < 256).decode()
+    assert re.fullmatch(pattern, text.strip()), text
+    if "json" in guided:
+        assert json.loads(text)["ok"] in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("params", "why"),
+    [
+        ({"guided": {"json": {"type": "nonsense"}}}, "nonsense|schema|grammar|JSON|type"),
+        ({"guided": {"shape": "round"}}, "guided decoding by shape"),
+        ({"lora": "nobody"}, "--lora-modules"),
+        ({"temperature": 50.0}, "temperature"),
+    ],
+    ids=["schema", "kind", "adapter", "range"],
+)
+def test_what_cannot_be_done_is_said_and_harms_nobody(lab: Lab, vllm: Vllm, params: dict[str, Any], why: str) -> None:
+    good = ask(PROMPT, max_tokens=4)
+    bad, fine = tokens(lab, vllm, ask("No", max_tokens=4, **params), good)
+    assert bad.finish == "error"
+    assert re.search(why, bad.detail), bad.detail
+    assert fine.finish == "length"
+
+
+def test_prompts_that_do_not_fit_are_refused(lab: Lab, vllm: Vllm) -> None:
+    empty, long, edge = tokens(
+        lab, vllm, ask(""), ask("x" * CONTEXT), ask("x" * (CONTEXT - 3), max_tokens=50, temperature=0.0)
+    )
+    assert (empty.finish, long.finish) == ("error", "error")
+    assert "shorten it" in long.detail
+    assert (len(edge.tokens), edge.finish) == (3, "length")
+
+
+def test_abort_ends_a_sequence_and_frees_its_blocks(lab: Lab, vllm: Vllm) -> None:
+    async def body() -> None:
+        long = ask("Never mind", max_tokens=3000)
+        vllm.runner.submit([long])
+        await vllm.until(lambda: long.key in vllm.results and len(vllm.results[long.key].tokens) > 3)
+        await vllm.until(lambda: vllm.runner.load.active_requests == 1)
+        assert vllm.runner.load.kv_used > 0
+        vllm.runner.abort([long.key])
+        seen = len(vllm.results[long.key].tokens)
+        at_once = ask("Nor this", max_tokens=50)
+        vllm.runner.submit([at_once])
+        vllm.runner.abort([at_once.key])
+        await vllm.finished(ask("But this", max_tokens=2))
+        await vllm.until(lambda: vllm.runner.load.kv_used == 0)
+        assert vllm.runner.load.active_requests == 0
+        assert len(vllm.results[long.key].tokens) == seen
+        assert at_once.key not in vllm.results
+
+    lab.run(body())
+
+
+def test_load_tells_running_and_queued(lab: Lab, vllm: Vllm) -> None:
+    async def body() -> None:
+        many = [ask(f"Number {number}", max_tokens=60) for number in range(7)]
+        vllm.runner.submit(many)
+        await vllm.until(lambda: vllm.runner.load.active_requests == 4 and vllm.runner.load.queued > 0)
+        assert 0 < vllm.runner.load.kv_used <= vllm.runner.load.kv_total == vllm.info.kv_blocks
+        await vllm.until(lambda: all(one.key in vllm.results and vllm.results[one.key].finish for one in many))
+        await vllm.until(lambda: (vllm.runner.load.active_requests, vllm.runner.load.queued) == (0, 0))
+
+    lab.run(body())
+
+
+def test_kv_events_tell_what_is_cached(lab: Lab, vllm: Vllm) -> None:
+    text = "These blocks are told of as soon as they are computed, by vLLM's own publisher on a local socket."
+
+    async def body() -> None:
+        told: list[tuple[int, KvEvent]] = []
+
+        def take(rank: int, events: list[KvEvent]) -> None:
+            told.extend((rank, event) for event in events)
+            vllm.changed.set()
+
+        def stored() -> list[int]:
+            return [token for _, event in told if isinstance(event, BlocksStored) for token in event.tokens]
+
+        assert vllm.info is not None
+        publishers = [Publisher(*places, rank=rank) for rank, places in enumerate(vllm.info.publishers)]
+        sockets = Sockets(Security.insecure())
+        try:
+            events = EngineEvents(sockets, publishers, vllm.info.block_size, take)
+            await vllm.finished(ask(text, max_tokens=2, cache_salt="told"))
+            block = list(text.encode())[:32]
+            await vllm.until(lambda: bytes(block) in bytes(token & 255 for token in stored()))
+            (mine,) = [
+                event for _, event in told if isinstance(event, BlocksStored) and list(event.tokens[:32]) == block
+            ]
+            assert mine.parent is None
+            assert mine.salt == "told"
+            await vllm.until(lambda: events.status()[0].state == "exact")
+            assert events.status()[0].lost == 0
+            events.close()
+        finally:
+            sockets.close()
+
+    lab.run(body())
+
+
+def test_wrong_arguments_are_refused_with_a_sentence(lab: Lab) -> None:
+    engine = lab.make("--no-such-flag", "3")
+    with pytest.raises(EngineUsageError, match="no-such-flag") as refused:
+        lab.start([engine])
+    assert "\n" not in str(refused.value)
+
+
+def test_arguments_that_do_not_fit_the_model_are_refused_with_the_reason(lab: Lab) -> None:
+    engine = lab.make("--max-model-len", "1000000")
+    with pytest.raises(EngineUsageError, match=r"max_model_len|max_position_embeddings"):
+        lab.start([engine])
+
+
+def test_a_folder_without_a_model_is_named(lab: Lab, tmp_path: Path) -> None:
+    engine = lab.make("--model", str(tmp_path))
+    with pytest.raises(EngineError, match=re.escape(str(tmp_path))):
+        lab.start([engine])
+
+
+def test_the_end_of_the_engine_core_is_told_and_ends_all(lab: Lab, vllm: Vllm) -> None:
+    """The last one: it takes the module's engine with it."""
+
+    async def body() -> None:
+        running = ask("Until the end", max_tokens=3000)
+        vllm.runner.submit([running])
+        await vllm.until(lambda: running.key in vllm.results)
+        group = vllm.runner.pid
+        assert group is not None
+        (core,) = [pid for pid in members(group) if "EngineCor" in name_of(pid)]
+        os.kill(core, signal.SIGKILL)
+        await vllm.until(lambda: vllm.deaths)
+        assert "engine core" in vllm.deaths[0]
+        await vllm.until(lambda: not members(group))
+
+    lab.run(body())
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == group and fields[0] not in "ZX":
+                found.append(int(entry.name))
+    return found
+
+
+def name_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
