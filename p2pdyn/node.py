@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from p2pdyn import __version__, serving
 from p2pdyn.config import Config, ConfigError, ReadyInfo, StartError
 from p2pdyn.core.types import (
+    AGGREGATED,
     DRAINING,
     LOADING,
     READY,
@@ -255,6 +256,8 @@ class Node:
         transfers = self._transfers(runner, info)
         if transfers is not None:
             self.worker.transfers = transfers
+            if config.role != AGGREGATED:
+                transfers.start()
             self.stack.push_async_callback(transfers.close)
         models = (serving.served_model(info, digest),)
         self._tell(state=READY, progress=1.0, detail="", engine=info.engine, engine_version=info.version, models=models)
@@ -264,7 +267,7 @@ class Node:
 
     def _transfers(self, runner: Runner, info: EngineInfo) -> Transfers | None:
         """For an engine whose KV memory we can reach."""
-        if getattr(runner, "memory", None) is None or self.config.kv_transfer == "off":
+        if runner.memory is None or self.config.kv_transfer == "off":
             return None
         from p2pdyn.net.transfers import Transfers
 

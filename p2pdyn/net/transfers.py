@@ -12,8 +12,8 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from secrets import randbits
-from struct import Struct
 from typing import Any, NamedTuple
 
 from p2pdyn.constants import LINK_IDLE_S
@@ -21,6 +21,7 @@ from p2pdyn.core.lease import Lender, Reply
 from p2pdyn.core.pull import Ask, Borrower, CancelRead, StartRead
 from p2pdyn.core.types import Address, NodeId
 from p2pdyn.engines.base import EngineInfo, Held, Pin, Release, Reserved, Settle, TransferOrder
+from p2pdyn.engines.lending import TAG
 from p2pdyn.engines.runner import Runner
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker_link import WorkerLink
@@ -30,9 +31,9 @@ from p2pdyn.wire.requests import Claim, Commit, Committed, Granted, Hello, Renew
 
 log = logging.getLogger(__name__)
 
-TAG = Struct("<8sQQ8x")
-"""(first bytes of the block's key, owner's epoch, generation), behind the blocks in the engine's memory."""
 LEASE_BITS = 63
+AGAIN_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+"""Before another try to meet an owner, whose mover may just be coming up; the last one from there on."""
 
 
 class Owner(NamedTuple):
@@ -50,6 +51,8 @@ class Source:
 
     link: WorkerLink
     name: str
+    """To the mover."""
+    host: str
     used: float
     met: bool = False
     meeting: asyncio.Task[None] | None = None
@@ -80,9 +83,11 @@ class Transfers:
         self._owner = owner
         self._make_mover = make_mover
         self._mover: Mover | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._describable = False
         self._memory = runner.memory
         self._tags = info.kv_blocks * info.block_bytes
-        self._block_bytes = info.block_bytes
+        self.block_bytes = info.block_bytes
         self.lender = Lender(epoch, partial(randbits, LEASE_BITS), info.kv_blocks, info.block_bytes)
         self.borrower = Borrower(info.block_bytes)
         self._sources: dict[NodeId, Source] = {}
@@ -124,10 +129,14 @@ class Transfers:
             case Return():
                 self._carry_out(self.lender.give_back(connection, message, now))
 
+    def start(self) -> None:
+        """This worker's role is to give or to take blocks: have the mover at once."""
+        self._made_mover()
+
     def describe(self) -> bytes:
-        """What another worker's mover needs to read from here; empty if nothing can be read."""
+        """What another worker's mover needs to read from here; empty while nothing can be read."""
         mover = self._made_mover()
-        return b"" if mover is None else mover.describe()
+        return mover.describe() if mover is not None and self._describable else b""
 
     # Borrowing.
 
@@ -174,30 +183,42 @@ class Transfers:
                 self._sockets, self._hello, node, epoch, owner.requests, None,
                 on_up=self._link_up, on_down=self._link_down, on_message=self._message,
             )  # fmt: skip
-            source = self._sources[node] = Source(link, f"{node}-{epoch}", now)
+            source = self._sources[node] = Source(link, f"{node}-{epoch}", owner.requests.host, now)
         source.used = now
         return source
 
     def _link_up(self, link: WorkerLink) -> None:
-        source = self._sources[link.worker]
-        source.meeting = self._loop.create_task(self._meet(source))
+        source = self._sources.get(link.worker)
+        if source is not None and source.link is link:
+            source.meeting = self._loop.create_task(self._meet(source))
 
     async def _meet(self, source: Source) -> None:
+        """Until it is met, or lost."""
         link, mover = source.link, self._mover
         assert mover is not None
-        try:
-            description = await link.fetch("agent", "")
-            await mover.meet(source.name, link.requests.host, description)
-        except (TransferError, LookupError, ConnectionError, TimeoutError) as error:
-            log.warning("KV blocks cannot be read from worker %s: %s", link.worker, error)
-            waiting, source.waiting = source.waiting, []
-            for read in waiting:
-                self._carry_out(self.borrower.read_over(read.ticket, str(error), False, self._loop.time()))
-            return
+        for tries in count():
+            try:
+                await mover.ready()
+                description = await link.fetch("agent", "")
+                await mover.meet(source.name, source.host, description)
+                break
+            except (TransferError, LookupError, ConnectionError, TimeoutError) as error:
+                self._cannot_meet(source, tries, str(error))
+            await asyncio.sleep(AGAIN_S[min(tries, len(AGAIN_S) - 1)])
         source.met = True
         waiting, source.waiting = source.waiting, []
         for read in waiting:
             self._read(source, read)
+
+    def _cannot_meet(self, source: Source, tries: int, why: str) -> None:
+        log.log(
+            logging.WARNING if tries == len(AGAIN_S) else logging.DEBUG,
+            "KV blocks cannot be read from worker %s: %s", source.link.worker, why,
+        )  # fmt: skip
+        if tries + 1 >= len(AGAIN_S):
+            waiting, source.waiting = source.waiting, []
+            for read in waiting:
+                self._over(read, why)
 
     def _link_down(self, link: WorkerLink, reason: str) -> None:
         log.debug("the link to worker %s, whose KV blocks are read, went down: %s", link.worker, reason)
@@ -212,7 +233,7 @@ class Transfers:
             source.meeting.cancel()
         now = self._loop.time()
         for read in source.waiting:
-            self._carry_out(self.borrower.read_over(read.ticket, "its link went down", False, now))
+            self._over(read, "its link went down")
         if self._mover is not None:
             self._mover.forget(source.name)
         self._carry_out(self.borrower.source_lost(node, now))
@@ -305,8 +326,9 @@ class Transfers:
         """Each 0.25 s: greet owners, let go of those not needed, forget hand-overs whose lease has ended."""
         for node, source in list(self._sources.items()):
             owner = self._owner(node)
-            gone = owner is None or owner.epoch != source.link.epoch
-            if gone or (now - source.used > LINK_IDLE_S and not owner.ready):
+            if owner is None or owner.epoch != source.link.epoch:  # noqa: SIM114
+                self._lost(node)
+            elif not owner.ready and now - source.used > LINK_IDLE_S:
                 self._lost(node)
             else:
                 source.link.tick(now, False)
@@ -331,6 +353,9 @@ class Transfers:
                 source.meeting.cancel()
         await asyncio.gather(*(s.meeting for s in self._sources.values() if s.meeting), return_exceptions=True)
         self._sources.clear()
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self._mover is not None:
             await self._mover.close()
 
@@ -339,14 +364,22 @@ class Transfers:
     def _made_mover(self) -> Mover | None:
         if self._mover is None and not self._closed:
             regions = (
-                Region(self._memory[: self._tags], self._block_bytes),
+                Region(self._memory[: self._tags], self.block_bytes),
                 Region(self._memory[self._tags :], TAG.size),
             )
             try:
                 self._mover = self._make_mover(regions, self.lender.holds)
+                self._starting = self._loop.create_task(self._start_mover(self._mover))
             except TransferError as error:
                 log.warning("KV blocks can be neither read nor given: %s", error)
         return self._mover
+
+    async def _start_mover(self, mover: Mover) -> None:
+        try:
+            await mover.ready()
+            self._describable = True
+        except TransferError as error:
+            log.warning("KV blocks cannot be given: %s", error)
 
     @property
     def bandwidth(self) -> float:

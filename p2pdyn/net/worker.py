@@ -9,9 +9,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
+from p2pdyn.core.disagg import PULL_BPS
 from p2pdyn.core.served import Served
 from p2pdyn.core.speed import SpeedMeter
 from p2pdyn.core.types import Address, Load, NodeId
@@ -407,6 +408,12 @@ class WorkerService:
             if known.open:
                 self._send(connection, encode(Heartbeat(self._epoch, steps, tuple(known.open))))
 
+    def _moves(self) -> dict[str, Any]:
+        """What it takes to move this worker's KV blocks, and others' to it."""
+        if self.transfers is None:
+            return {}
+        return {"block_bytes": self.transfers.block_bytes, "pull_bps": self.transfers.bandwidth or PULL_BPS}
+
     def _publish_load_soon(self) -> None:
         """From idle to busy or back, or a long prompt; not each is told, under light load that is twice a request."""
         if self._load_timer is None:
@@ -434,6 +441,7 @@ class WorkerService:
             speed.prefill_tps or load.prefill_tps,
             speed.itl_ms(load.active_blocks) or load.itl_ms,
             speed.itl_per_block_ms or load.itl_per_block_ms,
+            **self._moves(),
         )
         self._events.send((TOPIC_LOAD, encode(event)))
 
