@@ -26,6 +26,9 @@ REQUEST_MAX = 20 * 2**20
 EVENT_MAX = 4 * 2**20
 """Bytes: largest event message."""
 
+TRANSFER_MAX = 300 * 1024
+"""Bytes: largest message, or part of KV blocks, of the tcp mover."""
+
 PEER_INFO_MAX = 1024
 """Bytes: a peer's encoded PeerInfo; it rides in gossip, so it must fit many times into one control message."""
 

@@ -95,7 +95,7 @@ class Link:
         self._first: zmq.Frame | None = None
         self._pump = Pump(loop, socket, self._drain)
 
-    def send(self, frames: Sequence[bytes]) -> bool:
+    def send(self, frames: Sequence[bytes | memoryview]) -> bool:
         """Send one message now, or not at all: False when no connection is up, its queue is full (the high-water mark),
         or, on a ROUTER, the connection that the first frame names is gone. Never blocks, never raises for these."""
         if self._closed:

@@ -67,13 +67,14 @@ class Sockets:
         max_size: int,
         batch_done: Callable[[], None] | None = None,
         ping_s: float = PING_S,
+        high_water: int = HIGH_WATER,
     ) -> Link:
         """Bind a ROUTER; the first frame of each message is the connection's routing id, never one used before.
 
         Ports 0 pick one free port for all addresses.  Raises OSError, or PermissionError for an address that only a
         cluster with a key may bind, with a sentence for the user.
         """
-        socket = self._socket(zmq.ROUTER, max_size, HIGH_WATER, ping_s)
+        socket = self._socket(zmq.ROUTER, max_size, high_water, ping_s)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         return self._bound(socket, addresses, receive, batch_done)
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import msgpack
 
-from p2pdyn.constants import CONTROL_MAX, EVENT_MAX, PROTOCOL_VERSION, REQUEST_MAX
+from p2pdyn.constants import CONTROL_MAX, EVENT_MAX, PROTOCOL_VERSION, REQUEST_MAX, TRANSFER_MAX
 from p2pdyn.wire.blobs import (
     decode_info,
     decode_logprobs,
@@ -27,7 +27,7 @@ from p2pdyn.wire.blobs import (
 from p2pdyn.wire.events import MAX_OPS, KvBatch
 from p2pdyn.wire.pack import unpack
 from p2pdyn.wire.requests import FINISHES, MAX_OPEN, Delta, Row, Tokens
-from p2pdyn.wire.schema import CONTROL, EVENTS, REGISTRY, REQUESTS
+from p2pdyn.wire.schema import CONTROL, EVENTS, REGISTRY, REQUESTS, TRANSFER
 from p2pdyn.wire.shape import WireError, field_shapes, record_shape
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "encode_tokens",
 ]
 
-LIMITS = {CONTROL: CONTROL_MAX, REQUESTS: REQUEST_MAX, EVENTS: EVENT_MAX}
+LIMITS = {CONTROL: CONTROL_MAX, REQUESTS: REQUEST_MAX, EVENTS: EVENT_MAX, TRANSFER: TRANSFER_MAX}
 """Largest encoded message of each link, in bytes; also the link's MAXMSGSIZE."""
 
 LAST_VERSION = 31
@@ -63,7 +63,7 @@ class FutureVersion(WireError):
 
 
 _dumps: dict[type, tuple[str, int, Any]] = {}
-_loads: dict[str, dict[int, Any]] = {CONTROL: {}, REQUESTS: {}, EVENTS: {}}
+_loads: dict[str, dict[int, Any]] = {link: {} for link in REGISTRY}
 
 
 def encode(message: object) -> bytes:

@@ -46,8 +46,9 @@ T = TypeVar("T")
 CONTROL = "control"
 REQUESTS = "requests"
 EVENTS = "events"
+TRANSFER = "transfer"
 
-REGISTRY: dict[str, dict[int, type]] = {CONTROL: {}, REQUESTS: {}, EVENTS: {}}
+REGISTRY: dict[str, dict[int, type]] = {CONTROL: {}, REQUESTS: {}, EVENTS: {}, TRANSFER: {}}
 
 
 def message(link: str, kind: int) -> Callable[[type[T]], type[T]]:

@@ -1,0 +1,206 @@
+"""The reads of a NIXL agent, cut into slices: what the mover's thread does.
+
+A posted READ cannot be taken back: NIXL's release and remove_remote_agent leave it writing into memory that has long
+been given to others (docs/design/kv-transfer.md).  So a read is posted a slice at a time; a cancelled one posts no
+more, and is over when its last slice is.  Between processes of one host, posting blocks while the kernel copies:
+another reason for slices, and for a thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from p2pdyn.transfer.base import TransferError
+from p2pdyn.transfer.nixl_agent import DONE, Agent, Descriptors
+
+SLICE = 8 * 2**20
+"""Bytes: 2 to 5 ms of one host's memory copying, 10 ms of a 10 Gb/s network."""
+FLYING = 3
+"""Slices posted at a time for each peer: one moves, one waits, one is being noticed."""
+
+CANCELLED = "it was cancelled"
+
+Slice = tuple[Descriptors, Descriptors, int]
+"""Where to, where from, bytes."""
+
+
+class Job:
+    """One read. ``report(error)`` is told once."""
+
+    __slots__ = ("error", "flying", "report", "slices")
+
+    def __init__(self, slices: Iterator[Slice], report: Callable[[str], None]) -> None:
+        self.slices: Iterator[Slice] | None = slices
+        """None: nothing more is posted."""
+        self.report: Callable[[str], None] | None = report
+        """None: told."""
+        self.flying = 0
+        self.error = ""
+
+    def stop(self, why: str) -> None:
+        self.slices = None
+        self.error = self.error or why
+
+
+class Source:
+    """A peer that is read from."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.turns: deque[Job] = deque()
+        """Jobs with slices to post."""
+        self.flying: list[tuple[int, Job]] = []
+        """(handle, job) of each slice that is posted."""
+        self.gone = ""
+        """Why it is not read from any more."""
+
+
+class Reads:
+    """Belongs to the thread of its agent. ``step()`` posts and looks; nothing here waits."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._sources: dict[str, Source] = {}
+
+    @property
+    def flying(self) -> bool:
+        """Is anything to be looked at?"""
+        return any(source.flying or source.turns for source in self._sources.values())
+
+    def load(self, peer: str, metadata: bytes) -> None:
+        """Raises TransferError."""
+        old = self._sources.get(peer)
+        if old is not None and old.flying:
+            raise TransferError("reads over its last connection are not over yet")
+        self._agent.unload(peer)
+        self._agent.load(peer, metadata)
+        self._sources[peer] = Source(peer)
+
+    def add(self, peer: str, job: Job) -> None:
+        source = self._sources.get(peer)
+        if source is None or source.gone:
+            job.stop(source.gone if source else "the peer is not known")
+            _settle(job)
+        else:
+            source.turns.append(job)
+
+    def cancel(self, job: Job) -> None:
+        job.stop(CANCELLED)
+
+    def forget(self, peer: str) -> None:
+        source = self._sources.get(peer)
+        if source is not None:
+            self._give_up(source, "the peer is gone")
+
+    def _give_up(self, source: Source, why: str) -> None:
+        """Nothing more is posted there; when nothing is under way any more, its metadata goes."""
+        source.gone = source.gone or why
+        for job in (*source.turns, *[job for _, job in source.flying]):
+            job.stop(why)
+            _settle(job)
+        source.turns.clear()
+
+    def abandon(self, why: str) -> None:
+        """The agent is closed, and with it everything that was under way."""
+        for source in self._sources.values():
+            jobs = [job for _, job in source.flying]
+            source.flying.clear()
+            for job in jobs:
+                job.flying = 0
+            for job in (*jobs, *source.turns):
+                job.stop(why)
+                _settle(job)
+        self._sources.clear()
+
+    def step(self) -> bool:
+        """One slice posted for each peer that has room, then a look at all that are under way. Did anything move?"""
+        moved = False
+        for source in list(self._sources.values()):
+            if source.turns and len(source.flying) < FLYING:
+                moved = self._post(source) or moved
+            moved = self._look(source) or moved
+            if source.gone and not source.flying and not source.turns:
+                self._agent.unload(source.name)
+                del self._sources[source.name]
+        return moved
+
+    def _post(self, source: Source) -> bool:
+        job = source.turns.popleft()
+        piece = next(job.slices, None) if job.slices is not None else None
+        if piece is None:
+            job.slices = None
+            _settle(job)
+            return True
+        try:
+            handle = self._agent.begin(source.name, piece[0], piece[1])
+        except TransferError as error:
+            job.stop(str(error))
+            _settle(job)
+            self._give_up(source, str(error))
+            return True
+        job.flying += 1
+        source.flying.append((handle, job))
+        source.turns.append(job)
+        return True
+
+    def _look(self, source: Source) -> bool:
+        before = len(source.flying)
+        still: list[tuple[int, Job]] = []
+        trouble = ""
+        for handle, job in source.flying:
+            try:
+                if self._agent.state(handle) != DONE:
+                    still.append((handle, job))
+                    continue
+            except TransferError as error:
+                trouble = str(error)
+                job.stop(trouble)
+            self._agent.release(handle)
+            job.flying -= 1
+            _settle(job)
+        source.flying = still
+        if trouble:
+            self._give_up(source, trouble)
+        return len(still) < before
+
+
+def _settle(job: Job) -> None:
+    """Tell that it is over, if it is."""
+    if job.slices is None and not job.flying and job.report is not None:
+        report, job.report = job.report, None
+        report(job.error)
+
+
+def cut(
+    bases: Sequence[int],
+    remote_bases: Sequence[int],
+    strides: Sequence[int],
+    remote: Sequence[int],
+    local: Sequence[int],
+) -> Iterator[Slice]:
+    """Blocks ``remote[i]`` -> ``local[i]`` as slices; neighbours on both sides are one row."""
+    import numpy as np
+
+    row = sum(strides)
+    step = max(1, SLICE // row)
+    for at in range(0, len(remote), step):
+        there, here = np.array(remote[at : at + step]), np.array(local[at : at + step])
+        ends = np.flatnonzero((np.diff(there) != 1) | (np.diff(here) != 1)) + 1
+        starts = np.concatenate(([0], ends))
+        counts = np.diff(np.append(starts, len(there)))
+        yield (
+            _rows(np, bases, strides, here[starts], counts),
+            _rows(np, remote_bases, strides, there[starts], counts),
+            row * len(there),
+        )
+
+
+def _rows(np: Any, bases: Sequence[int], strides: Sequence[int], first: Any, counts: Any) -> Descriptors:
+    rows = np.zeros((len(bases) * len(first), 3), np.uint64)
+    for i, (base, stride) in enumerate(zip(bases, strides, strict=True)):
+        part = rows[i * len(first) : (i + 1) * len(first)]
+        part[:, 0] = first.astype(np.uint64) * np.uint64(stride) + np.uint64(base)
+        part[:, 1] = counts * stride
+    return rows

@@ -1,0 +1,99 @@
+"""The thread that NIXL lives in. It sleeps while nothing is under way."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+from p2pdyn.transfer.base import Region, TransferError
+from p2pdyn.transfer.nixl_agent import Agent
+from p2pdyn.transfer.nixl_reads import Reads, Slice
+
+SAMPLE = 2**20
+"""Bytes of the largest read that is no block of ours."""
+CLOSE_S = 1.0
+"""Seconds that reads under way have to end by themselves when the thread is stopped."""
+SHORTEST_S, LONGEST_S = 50e-6, 5e-3
+"""Between two looks at reads under way: a sixteenth of the time since something moved, within these."""
+
+Order = Callable[[Reads], None]
+
+
+class NixlThread(threading.Thread):
+    """``on_up()`` and ``on_end()`` are called in the thread, on_end last of all. :attr:`up` is set when the agent is
+    there, or when it failed for the reason in :attr:`trouble`."""
+
+    def __init__(
+        self,
+        peer: str,
+        regions: tuple[Region, ...],
+        devices: Sequence[str],
+        on_up: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        super().__init__(name="nixl", daemon=True)
+        self.up = threading.Event()
+        self.trouble = ""
+        self.bases: list[int] = []
+        """Addresses of the regions."""
+        self.metadata = b""
+        self._peer = peer
+        self._regions = regions
+        self._devices = devices
+        self._on_up = on_up
+        self._on_end = on_end
+        self._orders: SimpleQueue[Order | None] = SimpleQueue()
+        self._scratch = Region(memoryview(mmap.mmap(-1, SAMPLE)), SAMPLE)
+        self._scratch_base = 0
+
+    def order(self, order: Order | None) -> None:
+        """To be carried out in the thread, in turn, before anything is posted. None: stop."""
+        self._orders.put(order)
+
+    def run(self) -> None:
+        try:
+            agent = self._start_agent()
+        except TransferError as error:
+            self.trouble = str(error)
+        self.up.set()
+        self._on_up()
+        if not self.trouble:
+            reads = Reads(agent)
+            self._serve(reads)
+            agent.close()
+            reads.abandon("the mover is closed")
+        self._regions = ()
+        self._on_end()
+
+    def _start_agent(self) -> Agent:
+        agent = Agent(self._peer, self._devices)
+        *self.bases, self._scratch_base = agent.register([*self._regions, self._scratch])
+        self.metadata = agent.metadata()
+        return agent
+
+    def _serve(self, reads: Reads) -> None:
+        until = moved = 0.0
+        while not until or (reads.flying and monotonic() < until):
+            pause = min(LONGEST_S, max(SHORTEST_S, (monotonic() - moved) / 16)) if reads.flying else None
+            while True:
+                try:
+                    order = self._orders.get(timeout=0 if pause == 0 else pause)
+                except Empty:
+                    break
+                if order is None:
+                    until = monotonic() + CLOSE_S
+                else:
+                    order(reads)
+                moved, pause = monotonic(), 0.0
+            while reads.step() and self._orders.empty():
+                moved = monotonic()
+
+    def sample(self, base: int, size: int) -> Iterator[Slice]:
+        """``size`` bytes at a peer's ``base``, to be read and thrown away."""
+        import numpy as np
+
+        rows = [np.array([[at, size, 0]], np.uint64) for at in (self._scratch_base, base)]
+        yield rows[0], rows[1], size
