@@ -1,0 +1,353 @@
+"""The stages of vllm_gpu.py. Each starts its servers, measures, and returns what its JSON line says."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import vllm_gpu_client as client
+import vllm_gpu_model as models
+from vllm_gpu_client import Load
+from vllm_gpu_side import BenchError, Server, Servers, get, say, until
+
+ALWAYS_REMOTE = "import p2pdyn.core.disagg as d; d.OVERHEAD_S = -1e9; from p2pdyn.cli.main import main; main()"
+"""A frontend for which moving KV costs nothing, so that it has each prompt of more than a block computed elsewhere."""
+NEWS = re.compile(r"prefix cache: (\d+) tokens asked, (\d+) found; from other workers: (\d+) asked, (\d+) brought")
+NEWS_S = 25.0
+"""A worker logs vLLM's counters at most each 10 s."""
+TOPS = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for, and sizes that fit it."""
+
+    folder: Path
+    shape: str
+    exact_shape: str
+    cpu: bool
+    gpus: int
+    pairs: int
+    requests: int
+    load: Load
+    exact_prompts: tuple[int, ...]
+    ttft_prompts: tuple[int, ...]
+    repeats: int
+    start_s: float
+    eager: bool
+    exact_dtype: str
+
+    @property
+    def block(self) -> int:
+        return 32 if self.cpu else 16
+
+    @property
+    def env(self) -> dict[str, str]:
+        common = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        common |= {"VLLM_LOGGING_COLOR": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+        if self.cpu:
+            cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+            return common | cpu | {"TORCHDYNAMO_DISABLE": "1"}
+        # Triton's float32 products are float32's, not TF32's
+        return common | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "TRITON_F32_DEFAULT": "ieee"}
+
+    def flags(self, shape: str, kv_gib: int, share: float, dtype: str = "bfloat16", *, dummy: bool = True) -> list[str]:
+        """vLLM's, the same for each server of a stage. With a size for its KV memory vLLM does not measure what is
+        free, and so several can start at once on one GPU."""
+        streams = str(max(4, self.load.streams * 2))
+        flags = ["--max-num-seqs", streams, "--max-model-len", str(models.SHAPES[shape].context)]
+        flags += ["--block-size", str(self.block)]
+        flags += ["--load-format", "dummy"] if dummy else []
+        if self.cpu:
+            return [*flags, "--dtype", "float32", "--enforce-eager"]
+        flags += ["--dtype", dtype, "--gpu-memory-utilization", str(share)]
+        flags += ["--kv-cache-memory-bytes", str(kv_gib * 2**30)]
+        if self.eager:
+            return [*flags, "--enforce-eager"]
+        sizes = [1, 2, 4, *range(8, self.load.streams * 2 + 1, 8)]
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+        return [*flags, "--compilation-config", json.dumps(graphs)]
+
+    def model(self, shape: str, *, weights: bool) -> Path:
+        return models.write(self.folder / f"{shape}{'-weights' * weights}", models.SHAPES[shape], weights=weights)
+
+    def gpu(self, number: int) -> dict[str, str]:
+        return {} if self.cpu else {"CUDA_VISIBLE_DEVICES": str(number % self.gpus)}
+
+
+# ---- overhead
+
+
+def overhead(plan: Plan, servers: Servers) -> dict[str, Any]:
+    """p2pdyn's endpoint and worker in one node beside vLLM's own server, both up, one loaded at a time."""
+    model = plan.model(plan.shape, weights=False)
+    flags = plan.flags(plan.shape, 8, 0.42)
+    sides = {
+        "vllm": servers.vllm("vllm", model, flags, plan.gpu(0)),
+        "p2pdyn": servers.node("p2pdyn", *_engine(model), "--http", "127.0.0.1:0", flags=flags, env=plan.gpu(0)),
+    }
+    _wait(plan, servers, list(sides.values()))
+    load, count = plan.load, plan.requests
+    warm = {name: client.run(client.closed(side.url, load, count, 1), 240) for name, side in sides.items()}
+    prompts = {name: statistics.mean(reply.prompt for reply in replies) for name, (_, replies) in warm.items()}
+    rate = 0.6 * client.run(client.closed(sides["vllm"].url, load, count, 2), 240)[0] / load.tokens
+    say(f"60 % of capacity is {rate:.2f} requests a second")
+    rows: list[dict[str, Any]] = []
+    for pair in range(plan.pairs):
+        order = list(sides) if pair % 2 == 0 else list(reversed(sides))
+        row = {name: _one_pair(plan, sides[name], rate, 100 + pair) for name in order}
+        say(f"pair {pair + 1} of {plan.pairs}: {row}")
+        rows.append(row)
+    ratios = [row["p2pdyn"]["tok_s"] / row["vllm"]["tok_s"] for row in rows]
+    closer = [row["p2pdyn"]["ttft_p50_ms"] - row["vllm"]["ttft_p50_ms"] for row in rows]
+    hot = Load(load.prompt, load.tokens, load.streams, temperature=0.8)
+    sampled = [
+        {
+            name: round(client.run(client.closed(side.url, hot, count, 500 + i), 240)[0], 1)
+            for name, side in sides.items()
+        }
+        for i in range(3)
+    ]
+    return {
+        "streams": load.streams,
+        "prompt_tokens": prompts,
+        "output_tokens": load.tokens,
+        "requests": count,
+        "rate_req_s": round(rate, 2),
+        "start_s": {name: round(side.start_s, 1) for name, side in sides.items()},
+        "tok_s": {name: round(statistics.median(row[name]["tok_s"] for row in rows), 1) for name in sides},
+        "ttft_p50_ms": {name: round(statistics.median(row[name]["ttft_p50_ms"] for row in rows), 2) for name in sides},
+        "throughput_ratio": client.interval(ratios),
+        "ttft_p50_difference_ms": client.interval(closer, 3),
+        "sampled_tok_s": sampled,
+        "sampled_ratio": round(statistics.median(one["p2pdyn"] / one["vllm"] for one in sampled), 4),
+        "pairs": rows,
+    }
+
+
+def _one_pair(plan: Plan, side: Server, rate: float, seed: int) -> dict[str, float]:
+    tok_s, _ = client.run(client.closed(side.url, plan.load, plan.requests, seed), 240)
+    replies = client.run(client.paced(side.url, plan.load, rate, plan.requests // 2, 1000 + seed), 240)
+    ttfts = [reply.ttft for reply in replies]
+    p90 = round(statistics.quantiles(ttfts, n=10)[8] * 1e3, 2)
+    return {"tok_s": round(tok_s, 1), "ttft_p50_ms": client.median_ms(ttfts), "ttft_p90_ms": p90}
+
+
+# ---- routing
+
+
+def routing(plan: Plan, servers: Servers) -> dict[str, Any]:
+    """Two workers: each conversation's second turn goes where its first one was computed."""
+    model = plan.model(plan.exact_shape, weights=True)
+    flags = plan.flags(plan.exact_shape, 4, 0.40, dummy=False)
+    front = servers.node("front", *servers.key(), "--engine", "none", "--http", "127.0.0.1:0")
+    servers.wait([front], 60)
+    workers = [_worker(plan, servers, f"worker{i}", front, model, flags, plan.gpu(0)) for i in range(2)]
+    _wait(plan, servers, workers)
+    _seen(front, workers)
+    rng = random.Random(3)
+    turns = []
+    for _ in range(6):
+        messages = [{"role": "user", "content": client.text(rng, 600)}]
+        before = _blocks(front)
+        first = _chat(front, messages)
+        held = first["usage"]["prompt_tokens"]
+        _indexed(front, before + held // plan.block)
+        messages += [{"role": "assistant", "content": first["text"]}, {"role": "user", "content": client.text(rng, 20)}]
+        second = _chat(front, messages)
+        cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+        turns.append(
+            {"same": first["worker"] == second["worker"], "first": held, "cached": cached, "worker": first["worker"]}
+        )
+    found = {worker.name: _news(worker, lambda one: one["found"] > 0) for worker in workers if _used(worker, turns)}
+    peers = get(f"{front.url}/p2p/peers")["peers"]
+    return {
+        "start_s": [round(worker.start_s, 1) for worker in workers],
+        "conversations": len(turns),
+        "second_turn_with_the_prefix": sum(turn["same"] for turn in turns),
+        "workers_used": len({turn["worker"] for turn in turns}),
+        "first_turn_tokens": [turn["first"] for turn in turns],
+        "second_turn_cached": [turn["cached"] for turn in turns],
+        "vllm_prefix_cache": found,
+        "streams": {peer["name"]: peer["kv"]["stream"] for peer in peers if peer["engine"] == "vllm"},
+    }
+
+
+def _chat(front: Server, messages: list[dict[str, str]]) -> dict[str, Any]:
+    asked = {"model": "m", "messages": messages, "max_tokens": 32, "temperature": 0, "ignore_eos": True}
+    answer = get(f"{front.url}/v1/chat/completions", asked, 120)
+    return {"text": answer["choices"][0]["message"]["content"], "usage": answer["usage"], "worker": _by(answer)}
+
+
+def _by(answer: dict[str, Any]) -> str:
+    workers = answer["p2pdyn"]["workers"]
+    return str(workers[0])
+
+
+def _blocks(front: Server) -> int:
+    return sum(int(peer["kv"]["blocks"]) for peer in get(f"{front.url}/p2p/peers")["peers"])
+
+
+def _indexed(front: Server, blocks: int) -> None:
+    until(lambda: _blocks(front) >= blocks, 20, f"{blocks} blocks in the frontend's index")
+
+
+def _used(worker: Server, turns: Sequence[dict[str, Any]]) -> bool:
+    return any(turn["worker"] in (worker.id, worker.name) for turn in turns)
+
+
+# ---- prefill and decode
+
+
+@contextmanager
+def _pd(plan: Plan, servers: Servers, model: Path, flags: list[str]) -> Iterator[tuple[Server, Server, Server, Server]]:
+    """An aggregated worker of its own; a prefill and a decode worker with a frontend that always hands over, and one
+    that decides: (aggregated, always, decides, decode)."""
+    key = servers.key()
+    alone = servers.node(
+        "aggregated", *key, "--cluster", "alone", *_engine(model), "--http", "127.0.0.1:0", flags=flags, env=plan.gpu(0)
+    )
+    always = servers.node("always", *key, "--engine", "none", "--http", "127.0.0.1:0", program=("-c", ALWAYS_REMOTE))
+    servers.wait([always], 60)
+    decides = servers.node("decides", *key, "--engine", "none", "--http", "127.0.0.1:0", "--seed", always.mesh)
+    prefill = _worker(plan, servers, "prefill", always, model, flags, plan.gpu(0), "--role", "prefill")
+    decode = _worker(plan, servers, "decode", always, model, flags, plan.gpu(1), "--role", "decode")
+    _wait(plan, servers, [alone, decides, prefill, decode])
+    for front in (always, decides):
+        _seen(front, [prefill, decode])
+    for front in (alone, always):  # connections, kernels
+        get(f"{front.url}/v1/completions", client.body(client.ids(random.Random(0), 300, 4096), 4), 120)
+    yield alone, always, decides, decode
+
+
+def pd(plan: Plan, servers: Servers) -> dict[str, Any]:
+    """Greedy tokens of prefill and decode on two workers against one aggregated worker's."""
+    model = plan.model(plan.exact_shape, weights=True)
+    flags = [*plan.flags(plan.exact_shape, 4, 0.28, plan.exact_dtype, dummy=False), "--max-num-seqs", "1"]
+    rng = random.Random(5)
+    prompts = [client.ids(rng, size, models.SHAPES[plan.exact_shape].vocabulary) for size in plan.exact_prompts]
+    with _pd(plan, servers, model, flags) as (alone, always, _, decode):
+        asked = [client.body(prompt, 64, logprobs=TOPS) for prompt in prompts]
+        one = [_tokens(alone, body) for body in asked]
+        two = [_tokens(always, body) for body in asked]
+        lengths = sum(plan.exact_prompts)
+        news = _news(decode, lambda told: told["external_asked"] >= lengths)
+    differ = [_difference(*both) for both in zip(one, two, strict=True)]
+    return {
+        "gpus": plan.gpus,
+        "dtype": "float32" if plan.cpu else plan.exact_dtype,
+        "prompt_tokens": list(plan.exact_prompts),
+        "output_tokens": 64,
+        "identical": sum(found is None for found in differ),
+        "of": len(differ),
+        "differences": [found for found in differ if found is not None],
+        "distinct_tokens": [len(set(row[0])) for row in one],
+        "decode_cached_tokens": [row[2] for row in two],
+        "vllm_prefix_cache": news,
+        "external_hit_rate": round(news["external_found"] / max(1, news["external_asked"]), 4),
+    }
+
+
+def pd_ttft(plan: Plan, servers: Servers) -> dict[str, Any]:
+    """Time to first token of an idle server: aggregated, and computed elsewhere and pulled."""
+    model = plan.model(plan.shape, weights=False)
+    flags = plan.flags(plan.shape, 4, 0.30)
+    vocabulary = models.SHAPES[plan.shape].vocabulary
+    rng = random.Random(9)
+    rows = []
+    with _pd(plan, servers, model, flags) as (alone, always, decides, decode):
+        for size in plan.ttft_prompts:
+            times: dict[str, list[float]] = {"aggregated": [], "prefill_decode": []}
+            for _ in range(plan.repeats + 1):
+                for name, side in zip(times, (alone, always), strict=True):
+                    asked = client.body(client.ids(rng, size, vocabulary), 2)
+                    times[name].append(client.run(client.stream(side.url, asked), 120).ttft)
+            told = get(f"{decides.url}/p2p/explain", client.body(client.ids(rng, size, vocabulary), 2))["prefill"]
+            ms = {name: client.median_ms(values[1:]) for name, values in times.items()}
+            rows.append({"prompt_tokens": size, "ttft_p50_ms": ms, "first_ms": _firsts(times), "router": told})
+            say(str(rows[-1]))
+        news = _news(decode, lambda told: told["external_asked"] >= sum(plan.ttft_prompts) * (plan.repeats + 1))
+    rate = round(news["external_found"] / max(1, news["external_asked"]), 4)
+    return {"gpus": plan.gpus, "ttft": rows, "vllm_prefix_cache": news, "external_hit_rate": rate}
+
+
+def _firsts(times: dict[str, list[float]]) -> dict[str, float]:
+    """The first of a size is not in the medians: kernels are chosen and built then."""
+    return {name: round(values[0] * 1e3, 3) for name, values in times.items()}
+
+
+def _tokens(side: Server, asked: dict[str, Any]) -> tuple[list[str], list[dict[str, float]], int]:
+    """Each token's text (its name, see vllm_gpu_model.tokenizer), its likeliest ones, and how much was found cached."""
+    answer = get(f"{side.url}/v1/completions", asked, 180)
+    found, cached = answer["choices"][0]["logprobs"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return found["tokens"], found["top_logprobs"], cached
+
+
+def _difference(one: tuple[list[str], Any, int], two: tuple[list[str], Any, int]) -> dict[str, Any] | None:
+    """Where the tokens part, and how far apart the aggregated worker's two likeliest were there."""
+    if one[0] == two[0]:
+        return None
+    where = next(i for i, (a, b) in enumerate(zip(one[0], two[0], strict=True)) if a != b)
+    best = sorted(one[1][where].values(), reverse=True)
+    gap = best[0] - best[1] if len(best) > 1 else 0.0
+    return {"position": where, "aggregated_top2_gap": round(gap, 6)}
+
+
+# ---- parts
+
+
+def _engine(model: Path) -> list[str]:
+    return ["--engine", "vllm", "--model", str(model), "--served-model-name", "m"]
+
+
+def _worker(
+    plan: Plan,
+    servers: Servers,
+    name: str,
+    front: Server,
+    model: Path,
+    flags: list[str],
+    env: dict[str, str],
+    *more: str,
+) -> Server:
+    join = [*servers.key(), "--seed", front.mesh, "--no-http"]
+    return servers.node(name, *join, *_engine(model), *more, flags=flags, env=env)
+
+
+def _wait(plan: Plan, servers: Servers, waiting: list[Server]) -> None:
+    """Until all serve; one that could not start beside another is told of by its last error."""
+    servers.wait(waiting, plan.start_s)
+    say(", ".join(f"{server.name} up after {server.start_s:.0f} s" for server in waiting))
+
+
+def _seen(front: Server, workers: Sequence[Server]) -> None:
+    def ready() -> bool:
+        peers = {peer["name"]: peer for peer in get(f"{front.url}/p2p/peers")["peers"]}
+        return all(peers.get(worker.name, {}).get("state") == "ready" for worker in workers)
+
+    until(ready, 30, f"{front.name} sees {', '.join(worker.name for worker in workers)}")
+
+
+def _news(worker: Server, enough: Any) -> dict[str, int]:
+    """vLLM's own prefix cache counters, as the worker has logged them; the last ones if they never are enough."""
+
+    def told() -> dict[str, int]:
+        found = NEWS.findall(worker.text())
+        names = ("asked", "found", "external_asked", "external_found")
+        return dict(zip(names, map(int, found[-1]), strict=True)) if found else dict.fromkeys(names, 0)
+
+    try:
+        until(lambda: enough(told()), NEWS_S, "vLLM's counters")
+    except BenchError as error:
+        say(f"{worker.name}: {error}")
+    return told()
+
+
+STAGES = {"overhead": overhead, "routing": routing, "pd": pd, "pd-ttft": pd_ttft}
