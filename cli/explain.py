@@ -54,4 +54,21 @@ def table(answer: dict[str, Any]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     lines = ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in rows]
     head = f"model {answer['model']}, {answer['prompt_blocks']} blocks as {answer['form']}, policy {answer['policy']}"
-    return [f"{head} ({answer['why']}): worker {answer['chosen']}", "", *lines]
+    notes = legs(answer.get("prefill"), answer.get("pull"))
+    return [f"{head} ({answer['why']}): worker {answer['chosen']}", *notes, "", *lines]
+
+
+def legs(prefill: dict[str, Any] | None, pull: dict[str, Any] | None) -> list[str]:
+    """Who else takes part, a line each."""
+    lines = []
+    if prefill is not None:
+        worker, remote_s = prefill["worker"], prefill["remote_s"]
+        where = f"by prefill worker {worker}" if prefill["remote"] else "by itself"
+        seconds = f"{prefill['local_s']:.3g} s by itself"
+        if remote_s is not None:
+            seconds += f", {remote_s:.3g} s by {worker}"
+        lines.append(f"prompt computed {where} ({prefill['why']}: {seconds})")
+    if pull is not None:
+        seconds = f"{pull['pull_s']:.3g} s, {pull['compute_s']:.3g} s to compute them"
+        lines.append(f"{pull['blocks']} blocks taken from worker {pull['worker']} ({seconds})")
+    return lines

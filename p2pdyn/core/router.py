@@ -18,15 +18,15 @@ import random
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from math import inf, isfinite
+from math import inf
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from xxhash import xxh3_64_intdigest
 
 from p2pdyn.core.admission import DEFAULT_LIMITS, Limits, doubtful, saturation
 from p2pdyn.core.disagg import Verdict
-from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, POLICIES, Pull, View
+from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, POLICIES, Pull, View, pull_to
 from p2pdyn.core.router_predict import Predictions
 from p2pdyn.core.router_shared import Shared
 from p2pdyn.core.router_target import DEFAULT_TPS, Target
@@ -98,20 +98,6 @@ class Prefill(NamedTuple):
     verdict: Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A target as the decision saw it. ``cost`` is None where the policy did not consider it."""
-
-    id: NodeId
-    dp_rank: int
-    matched: int
-    active_prefill_blocks: int
-    decode_blocks: int
-    cost: float | None
-    state: str
-    """ready, saturated, excluded"""
-
-
 class Router:
     """``policy`` is a key of :data:`~p2pdyn.core.router_cost.POLICIES` (KeyError); with ``limits`` None no target
     is ever saturated. All randomness of the next decision is drawn beforehand, which is why it can be told."""
@@ -131,7 +117,7 @@ class Router:
         self._margin = SESSION_MARGIN_S if policy == "kv" else inf
         self._rng = rng
         self._index = index
-        self._limits = limits
+        self.limits = limits
         self._turn = rng.randrange(1 << 16)
         self._draws = (rng.random(), rng.random())
         self._output = FIRST_OUTPUT
@@ -143,7 +129,7 @@ class Router:
     def for_hand_overs(self) -> Router:
         """Another one over the same index, for workers that only compute prompts: by `kv` whatever the policy here,
         and no answer is expected of them."""
-        other = Router("kv", random.Random(self._rng.random()), self._index, self._limits)
+        other = Router("kv", random.Random(self._rng.random()), self._index, self.limits)
         other._output = 1.0
         return other
 
@@ -168,12 +154,12 @@ class Router:
 
     def saturated(self, targets: Sequence[Target], now: float) -> bool:
         """Whether none of ``targets`` should get more now."""
-        limits = self._limits
+        limits = self.limits
         return limits is not None and all(saturation(target, target.queue_s(now), limits) for target in targets)
 
     def clear_s(self, targets: Sequence[Target], now: float) -> float:
         """Seconds until the first of saturated ``targets`` has worked its prefill queue down to the limit."""
-        limit = self._limits.prefill_s if self._limits is not None else inf
+        limit = self.limits.prefill_s if self.limits is not None else inf
         return max(0.0, min((target.queue_s(now) - limit for target in targets), default=0.0))
 
     def _decide(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
@@ -182,13 +168,13 @@ class Router:
         allowed = self._allowed(ask, targets, queues)
         if not allowed:
             return None
-        matched, credit = self._held(ask, targets, now)
+        have, matched, credit = self._held(ask, targets, now)
         blocks = -(-ask.tokens // ask.block_size)
         known = max(matched)
         shared = self._shared.count(ask.hashes[known - 1]) if known else 0
         view = View(
-            ask.tokens, blocks, ask.block_size, targets, allowed, queues, matched, known, credit, shared, now,
-            self._output, self._turn, self._draws,
+            ask.tokens, blocks, ask.block_size, targets, allowed, ask.exclude, queues, have, matched, known, credit,
+            shared, now, self._output, self._turn, self._draws,
         )  # fmt: skip
         costs = self._score(view)
         best = min(costs if len(allowed) == len(costs) else [costs[position] for position in allowed])
@@ -198,8 +184,13 @@ class Router:
             home = _rendezvous(ask.session, targets, allowed)
             if costs[home] <= best + self._margin:
                 chosen, why = home, "session"
+        target, had = targets[chosen], matched[chosen]
         uncached = max(1, ask.tokens - int(credit[chosen] * ask.block_size))
-        return Decision(targets[chosen], matched[chosen], uncached, costs[chosen], ask, view, costs, why)
+        decision = Decision(target, had, uncached, costs[chosen], ask, view, costs, why)
+        if target.block_pull_s and self.policy == "kv" and (pull := pull_to(view, chosen)) is not None:
+            decision.pull = pull
+            decision.uncached = max(1, uncached - (pull.blocks - had) * ask.block_size)
+        return decision
 
     def _allowed(self, ask: Ask, targets: Sequence[Target], queues: list[float]) -> Sequence[int]:
         allowed: Sequence[int] = range(len(targets))
@@ -207,17 +198,18 @@ class Router:
             allowed = [position for position in allowed if targets[position].worker == ask.pin]
         if ask.exclude:
             allowed = [position for position in allowed if targets[position].worker not in ask.exclude]
-        limits = self._limits
+        limits = self.limits
         if limits is None or ask.pin or not doubtful(targets, queues, limits):
             return allowed
         free = [position for position in allowed if not saturation(targets[position], queues[position], limits)]
         return free or allowed
 
-    def _held(self, ask: Ask, targets: Sequence[Target], now: float) -> tuple[list[int], Sequence[float]]:
-        """Leading blocks of the prompt at each target, and the same with slower tiers at their credit."""
+    def _held(self, ask: Ask, targets: Sequence[Target], now: float) -> tuple[list[int], list[int], Sequence[float]]:
+        """Leading blocks of the prompt at each target: those held, those and the ones predicted, and the same with
+        slower tiers at their credit."""
         matched = [0] * len(targets)
         if not ask.hashes:
-            return matched, [0.0] * len(targets)
+            return matched, matched, [0.0] * len(targets)
         held: Held | None = None
         if self._index is not None:
             slots = [target.slot for target in targets]
@@ -230,7 +222,10 @@ class Router:
             for position, target in enumerate(targets):
                 credit[position] -= (1 - HOST_CREDIT) * held.host.get(target.slot, 0)
                 credit[position] -= (1 - DISK_CREDIT) * held.disk.get(target.slot, 0)
+        have = matched
         predicted = self.predictions.match(ask.hashes, now)
+        if predicted:
+            matched = [*have]
         for target, blocks in predicted.items():  # few
             if target in targets:
                 position = targets.index(target)
@@ -238,7 +233,7 @@ class Router:
                 if more > 0:
                     matched[position] += more
                     credit[position] += more
-        return matched, credit
+        return have, matched, credit
 
     def _assume(self, targets: Sequence[Target]) -> None:
         """Give those whose speed is not known the median of the others'."""
@@ -277,52 +272,6 @@ class Router:
             self.predictions.settled(key, now)
         else:
             self.predictions.failed(key)
-
-    # Telling.
-
-    def candidates(self, decision: Decision) -> list[Candidate]:
-        """Every target as ``decision`` saw it; to be asked before anything else happens."""
-        view, limits = decision.view, self._limits
-        found = []
-        for position, target in enumerate(view.targets):
-            queue, cost = view.queues[position], decision.costs[position]
-            state = "excluded" if target.worker in decision.ask.exclude else "ready"
-            if state == "ready" and limits is not None and saturation(target, queue, limits):
-                state = "saturated"
-            found.append(
-                Candidate(
-                    target.worker,
-                    target.rank,
-                    view.matched[position],
-                    round(queue * target.tps / view.block_size),
-                    target.decode_blocks,
-                    cost if isfinite(cost) else None,
-                    state,
-                )
-            )
-        return found
-
-    def explanation(self, model: str, decision: Decision) -> dict[str, Any]:
-        """`p2pdyn explain --json`."""
-        rows = [{name: getattr(one, name) for name in Candidate.__slots__} for one in self.candidates(decision)]
-        return {
-            "model": model,
-            "prompt_blocks": decision.view.blocks,
-            "chosen": decision.target.worker,
-            "chosen_rank": decision.target.rank,
-            "policy": self.policy,
-            "why": decision.why,
-            "candidates": rows,
-        }
-
-    def line(self, decision: Decision) -> str:
-        """The same in one line, for the log."""
-        rows = ", ".join(
-            f"{one.id}/{one.dp_rank} {one.state} matched {one.matched} prefill {one.active_prefill_blocks} "
-            f"decode {one.decode_blocks} cost {'-' if one.cost is None else format(one.cost, '.4g')}"
-            for one in self.candidates(decision)
-        )
-        return f"{decision.view.blocks} blocks to {decision.target.worker} by {self.policy} ({decision.why}): {rows}"
 
 
 def _rendezvous(session: str, targets: Sequence[Target], allowed: Sequence[int]) -> int:

@@ -12,16 +12,21 @@ share another copy does good: with n prompts that share it, or n targets that ho
 
 `kv-dynamo` is NVIDIA Dynamo's form, in blocks at weight 1, for comparison (lib/kv-router/src/scheduling/selector).  The
 other policies do not look at the prompt.
+
+Where blocks can be read from another target faster than they are computed (`Pull`), `kv` counts that instead, for them
+and for what their copies weigh.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
+from p2pdyn.core.disagg import OVERHEAD_S
 from p2pdyn.core.router_target import Target
+from p2pdyn.core.types import NodeId
 
 MISS_WEIGHT = 6.0
 """Of a block that one other target holds for one conversation."""
@@ -52,10 +57,14 @@ class View:
     targets: Sequence[Target]
     allowed: Sequence[int]
     """Positions that may be chosen."""
+    exclude: Collection[NodeId]
+    """Workers that just failed the request."""
     queues: list[float]
     """Seconds of prefill queued."""
+    have: list[int]
+    """Leading blocks held in any tier."""
     matched: list[int]
-    """Leading blocks held in any tier, or predicted to be."""
+    """The same, or predicted to be."""
     known: int
     """The most of these."""
     credit: Sequence[float]
@@ -68,6 +77,8 @@ class View:
     turn: int
     draws: tuple[float, float]
     """Uniform in [0, 1): all the randomness of this decision."""
+    lender: int | None = None
+    """Position of the target to take blocks from, -1 if there is none; None until somebody asks."""
 
 
 class Pull(NamedTuple):
@@ -78,6 +89,34 @@ class Pull(NamedTuple):
     blocks: int
     pull_s: float
     compute_s: float
+
+
+def pull_to(view: View, position: int) -> Pull | None:
+    """What the target there would sooner take from another than compute."""
+    target, matched = view.targets[position], view.matched[position]
+    if not target.block_pull_s or view.known * view.block_size < MIN_HIT_TOKENS:
+        return None
+    if view.lender is None:
+        view.lender = _lender(view)
+    if view.lender < 0:
+        return None
+    source, blocks = view.targets[view.lender], view.have[view.lender]
+    if blocks <= matched or source.worker == target.worker or source.moves_kv != target.moves_kv:
+        return None
+    pull_s = OVERHEAD_S + (blocks - matched) * target.block_pull_s
+    compute_s = (blocks - matched) * view.block_size / target.tps
+    return Pull(source, blocks, pull_s, compute_s) if pull_s < compute_s else None
+
+
+def _lender(view: View) -> int:
+    """Who holds the most of what others can read, the least busy of these. Predicted blocks are not there yet."""
+    best, most = -1, (0, 0.0, 0)
+    for position, (target, have) in enumerate(zip(view.targets, view.have, strict=True)):
+        if have and target.load.block_bytes and target.worker not in view.exclude:
+            offer = (have, -view.queues[position], -target.requests)
+            if best < 0 or offer > most:
+                best, most = position, offer
+    return best
 
 
 Scorer = Callable[[View], list[float]]
@@ -99,6 +138,9 @@ def kv(view: View) -> list[float]:
             cost += DECODE_WEIGHT * target.itl_per_block_s * (target.decode_blocks + blocks) * output
         if target.work:
             cost += RECENT_WEIGHT * target.recent_s(now)
+        if target.block_pull_s and matched < view.known and (pull := pull_to(view, len(costs))) is not None:
+            # A copy weighs what making it costs.
+            cost -= (pull.compute_s - pull.pull_s) * (1.0 + copies[matched] / (view.known - matched))
         costs.append(cost)
     return costs
 

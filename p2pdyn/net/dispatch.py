@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from p2pdyn.constants import LINK_IDLE_S, MODEL_KNOWN_S
+from p2pdyn.core import router_tell
 from p2pdyn.core.catalog import Catalog
 from p2pdyn.core.flight import Abandon, Action, Dispatch, Flights, Transfer
 from p2pdyn.core.kvindex import KvIndex
@@ -149,7 +150,7 @@ class Dispatcher:
         """What would become of ``job`` now, as `p2pdyn explain --json` prints it; None if nobody may take it."""
         self._want(job.model)
         decision = self.flights.routes.explain(job, self._loop.time())
-        return None if decision is None else self.router.explanation(job.model, decision)
+        return None if decision is None else router_tell.explanation(self.router, job.model, decision)
 
     def peers(self) -> dict[str, Any]:
         return self._report()
@@ -320,7 +321,7 @@ class Dispatcher:
 
     def _decided(self, rid: int, decision: Decision) -> None:
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("request %d: %s", rid, self.router.line(decision))
+            log.debug("request %d: %s", rid, router_tell.line(self.router, decision))
 
     def _batch_done(self) -> None:
         self.on_batch()

@@ -11,11 +11,13 @@ from math import isfinite
 
 import pytest
 
+from p2pdyn.core.admission import DEFAULT_LIMITS
 from p2pdyn.core.kvhash import chain
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.router import SESSION_MARGIN_S, Ask, Decision, Router
 from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, MISS_WEIGHT, POLICIES, REQUEST_S
 from p2pdyn.core.router_target import DEFAULT_TPS, Target
+from p2pdyn.core.router_tell import candidates, explanation, line
 from p2pdyn.core.types import Load, NodeId
 from p2pdyn.wire.kvpack import DEVICE, DISK, HOST
 
@@ -311,14 +313,14 @@ def test_explanation_agrees_with_the_choice_in_200_random_states() -> None:
             assert told is made is again is None
             continue
         assert told.target is made.target is again.target
-        assert fleet.router.candidates(told) == fleet.router.candidates(made)
-        chosen = next(one for one in fleet.router.candidates(made) if one.id == made.target.worker)
+        assert candidates(told, DEFAULT_LIMITS) == candidates(made, DEFAULT_LIMITS)
+        chosen = next(one for one in candidates(made, DEFAULT_LIMITS) if one.id == made.target.worker)
         assert chosen.cost == (made.cost if isfinite(made.cost) else None)
         states[chosen.state] += 1
         if made.why == "cost":
             offered = [
                 one.cost
-                for one in fleet.router.candidates(made)
+                for one in candidates(made, DEFAULT_LIMITS)
                 if one.cost is not None and one.state in ("ready", chosen.state)
             ]
             assert made.cost == min(offered)
@@ -332,19 +334,19 @@ def test_explanation_says_all_that_is_promised() -> None:
     ask = fleet.prompt(exclude={fleet.targets[0].worker})
     decision = fleet.router.explain(ask, fleet.targets, 0.0)
     assert decision is not None
-    told = json.loads(json.dumps(fleet.router.explanation("m", decision), allow_nan=False))
+    told = json.loads(json.dumps(explanation(fleet.router, "m", decision), allow_nan=False))
     assert (told["model"], told["prompt_blocks"], told["policy"]) == ("m", 100, "power-of-two")
     assert told["chosen"] == fleet.targets[1].worker
     first, second, third = told["candidates"]
     assert first == {
         "id": "0" * 16, "dp_rank": 0, "matched": 0, "active_prefill_blocks": 0, "decode_blocks": 0, "cost": None,
-        "state": "excluded",
+        "state": "excluded", "role": "aggregated",
     }  # fmt: skip
     assert (second["matched"], second["state"], second["cost"]) == (30, "ready", 0.0)
     assert (third["active_prefill_blocks"], third["state"]) == (2000, "saturated")
-    line = fleet.router.line(decision)
-    assert "excluded" in line
-    assert "\n" not in line
+    text = line(fleet.router, decision)
+    assert "excluded" in text
+    assert "\n" not in text
 
 
 def test_ranks_of_one_worker_are_targets_of_their_own() -> None:
