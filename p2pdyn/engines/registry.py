@@ -39,7 +39,7 @@ ENGINES: dict[str, EngineKind] = {
         "p2pdyn.engines.vllm",
         child=True,
         help="vLLM's own flags (vllm serve --help=all), as --max-model-len 8192 --tensor-parallel-size 2, and "
-        "--lora-modules NAME=FOLDER...; KV events, prefix caching and, by role, the NIXL connector are on by themselves",
+        "--lora-modules NAME=FOLDER...; KV events, prefix caching and, by role, NIXL are on by themselves",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Prefill in one vLLM, decode in another, the KV blocks over NIXL: the same tokens, and nothing held longer than needed."""
+"""Prefill in one vLLM, decode in another, KV blocks over NIXL: the same tokens, and nothing held longer than needed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def test_prefill_and_decode_give_the_tokens_of_one_engine(lab: Lab, pair: Pair) 
             _, params = await handed_over(pair, tokens)
             pulled = await decoded(pair, tokens, params)
             (own,) = await pair.decode.finished(ask(tokens, cache_salt="own", logprobs=2))
-            assert own.cached == 0
+            assert own.cached == 0, (
+                f"prompt of {length} tokens: {own.cached} cached, {pulled.cached} pulled, {own.steps} steps"
+            )
             assert len(pulled.tokens) == NEW_TOKENS
             if pulled.tokens != own.tokens:
                 near += 1

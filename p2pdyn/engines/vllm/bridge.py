@@ -27,6 +27,7 @@ JUMP_S = LEASE_S / 2
 """A clock that advanced this far between two looks means that this process stood still."""
 RESET_S = 2.0 * LEASE_S
 NEWS_S = 10.0
+TELL_S = 0.2
 CLOSE_S = 1.0
 CALL_S = 5.0
 
@@ -50,6 +51,9 @@ class Bridge:
 
     def __init__(self, build: Callable[[], Any], wake: Callable[[], None], news: Callable[[], str]) -> None:
         self.arrived: deque[Output | Held] = deque()
+        self.moved = False
+        """vLLM's core has made steps. Told by empty steps of ours, by which load is reported and long prompts show
+        that they go on."""
         self.death = ""
         """Why vLLM does not go on, once it does not."""
         self.llm: Any = None
@@ -61,6 +65,7 @@ class Bridge:
         self._news = news
         self._jobs: dict[int, tuple[Job, asyncio.Task[None]]] = {}
         self._flushing = False
+        self._telling: asyncio.TimerHandle | None = None
         self._seen = 0.0
         self._loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
@@ -165,6 +170,16 @@ class Bridge:
 
     def _flush(self) -> None:
         self._flushing = False
+        self._wake()
+
+    def core_stepped(self) -> None:
+        """A step of vLLM's core; the last one of several is always told."""
+        if self._telling is None:
+            self._telling = self._loop.call_later(TELL_S, self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        self.moved = True
         self._wake()
 
     def die(self, reason: str) -> None:

@@ -6,7 +6,6 @@ import logging
 import os
 import queue
 import shutil
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -30,8 +29,6 @@ from p2pdyn.engines.vllm.bridge import Bridge, Job
 from p2pdyn.engines.vllm.logtap import LogTap
 from p2pdyn.engines.vllm.stats import Stats
 
-TELL_S = 0.25
-"""Shortest time between two empty steps, by which an engine that computes long prompts shows that it goes on."""
 MAX_HELD = 4096
 """Hand-overs whose names are kept for a Release; older ones end with their leases."""
 
@@ -47,7 +44,7 @@ class VllmEngine:
     def __init__(self, options: EngineOptions) -> None:
         self.wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._options = options
-        self._stats = Stats(self._on_core_step)
+        self._stats = Stats(lambda: self._bridge.core_stepped() if self._bridge is not None else None)
         self._bridge: Bridge | None = None
         self._tap: LogTap | None = None
         self._parsed: arguments.Arguments | None = None
@@ -59,8 +56,6 @@ class VllmEngine:
         self._context = self._blocks = 0
         self._ranks = 1
         self._by_priority = self._traced = False
-        self._told = 0.0
-        self._moved = False  # the engine core has made steps since the last one here
 
     # ---- loading
 
@@ -196,7 +191,7 @@ class VllmEngine:
     def next_step(self, now: float) -> float | None:
         bridge = self._bridge
         assert bridge is not None
-        return now if self._instant or self._moved or bridge.arrived or bridge.death else None
+        return now if self._instant or bridge.arrived or bridge.moved or bridge.death else None
 
     def step(self, now: float) -> Step:
         """What has arrived since the last one."""
@@ -204,7 +199,7 @@ class VllmEngine:
         assert bridge is not None
         with suppress(BlockingIOError):
             os.eventfd_read(self.wakeup_fd)
-        self._moved = False
+        bridge.moved = False
         if bridge.death and not bridge.arrived:
             cause = f": {self._tap.error}" if self._tap is not None and self._tap.error else ""
             raise EngineError(f"{bridge.death}{cause}")
@@ -246,13 +241,6 @@ class VllmEngine:
 
     def _wake(self) -> None:
         os.eventfd_write(self.wakeup_fd, 1)
-
-    def _on_core_step(self) -> None:
-        now = time.monotonic()
-        if now - self._told >= TELL_S:
-            self._told = now
-            self._moved = True
-            self._wake()
 
 
 def _log_to_stderr() -> None:
