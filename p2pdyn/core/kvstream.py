@@ -13,27 +13,14 @@ The rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import reduce
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import inf
-from operator import xor
 
 from p2pdyn.core.kvindex import KvIndex
+from p2pdyn.core.kvtarget import TargetBlocks
 from p2pdyn.wire.events import KvBatch, KvDigest
-from p2pdyn.wire.kvpack import (
-    CLEARED,
-    HASH_BYTES,
-    STORED,
-    TIERS,
-    Run,
-    combine,
-    hashes_of,
-    lanes,
-    unpack_ops,
-    unpack_replay,
-    unpack_snapshot,
-)
+from p2pdyn.wire.kvpack import CLEARED, HASH_BYTES, Run, unpack_ops, unpack_replay, unpack_snapshot
 from p2pdyn.wire.shape import WireError
 
 DIGEST_S = 1.0
@@ -119,16 +106,6 @@ class Counters:
     ignored: int = 0
 
 
-@dataclass(slots=True)
-class _Base:
-    """A target's blocks in one slot, as of batch ``seq``. ``xors`` are a tier's each."""
-
-    slot: int
-    seq: int = 0
-    blocks: int = 0
-    xors: list[int] = field(default_factory=lambda: [0] * TIERS)
-
-
 class KvStream:
     """``state`` and ``why`` (a sentence, empty when EXACT) are as of the last :meth:`handle`.
 
@@ -145,8 +122,8 @@ class KvStream:
         self._max_blocks = max_blocks
         self._tickets = 0
         self._up = False
-        self._base: _Base | None = None
-        self._filling: _Base | None = None
+        self._base: TargetBlocks | None = None
+        self._filling: TargetBlocks | None = None
         self._reset()
         self._judge(0.0)
 
@@ -154,7 +131,7 @@ class KvStream:
         """Forget all that holds for one epoch on one connection."""
         for base in (self._base, self._filling):
             if base is not None:
-                self._index.drop(base.slot)
+                base.drop()
         self._base = self._filling = None
         self._rest: Iterator[Run] = iter(())  # of the snapshot that fills self._filling
         self._part: deque[Run] = deque()  # of batch seq + 1, the first of which are applied
@@ -190,29 +167,35 @@ class KvStream:
 
     def handle(self, event: Event, now: float) -> list[Fetch]:
         """Take one event. Raises nothing, whatever a peer sent."""
-        if type(event) is KvBatch and now < self._calm_until and self._take_next(event):
-            if not (self._wrong or self._full):
-                return []
-        else:
-            self._dispatch(event, now)
+        if type(event) is KvBatch and self.take(event, now):
+            return []
+        self._dispatch(event, now)
         self._fill(now)
         self._drain(now)
         fetches = self._ask(now)
         self._judge(now)
         return fetches
 
-    def _take_next(self, batch: KvBatch) -> bool:
-        """Apply what almost every message is: the batch behind the last, and not a large one. False if it is not that.
-
-        The stream is calm: nothing is missing, buffered or being filled, so that there is nothing to ask for or judge
-        behind it either.
+    def take(self, batch: KvBatch, now: float) -> bool:
+        """Apply what almost every message is: the next batch of a calm stream, from which nothing else follows, no
+        fetch, no other state and no other slot. False if it is not that; then nothing is done, and it is for handle().
         """
         _, epoch, _, seq, ops = batch
         base = self._base
-        if base is None or seq != base.seq + 1 or epoch != self.epoch or len(ops) > SLICE * HASH_BYTES:
+        if now >= self._calm_until or base is None or seq != base.seq + 1 or epoch != self.epoch:
             return False
-        self._top = seq
-        self._apply(base, ops)
+        blocks = len(ops) // HASH_BYTES  # or less
+        if blocks > SLICE or blocks > base.room():
+            return False
+        try:
+            runs = unpack_ops(ops)
+        except WireError:
+            return False
+        for kind, _, _ in runs:
+            if kind == CLEARED:
+                return False
+        base.change(runs)
+        self._top = base.seq = seq
         return True
 
     def _dispatch(self, event: Event, now: float) -> None:
@@ -287,7 +270,7 @@ class KvStream:
         elif digest.seq < base.seq:  # overtaken by a replay, or we were sent what the worker never did
             if now >= self._heard + STALE_S:
                 self._wrong = "the worker is behind what it published"
-        elif (digest.blocks, digest.xor) == (base.blocks, combine(base.xors)):
+        elif (digest.blocks, digest.xor) == base.digest():
             self._wrong = self._full = ""
             if not self._open and not self._filling:
                 self._proved, self._heard = True, now
@@ -297,12 +280,13 @@ class KvStream:
 
     # Blocks
 
-    def _apply(self, base: _Base, data: bytes) -> None:
+    def _apply(self, base: TargetBlocks, data: bytes) -> None:
         """Apply batch ``base.seq + 1``, all or nothing."""
-        self._change(base, self._unpack(base, data))
+        for run in self._unpack(base, data):
+            self._change(base, run)
         base.seq += 1
 
-    def _unpack(self, base: _Base, data: bytes) -> list[Run]:
+    def _unpack(self, base: TargetBlocks, data: bytes) -> list[Run]:
         try:
             return unpack_ops(data)
         except WireError as error:
@@ -310,36 +294,11 @@ class KvStream:
             self._wrong = f"batch {base.seq + 1} was malformed ({error})"
             return []
 
-    def _change(self, base: _Base, runs: Iterable[Run]) -> None:
-        for kind, tier, packed in runs:
-            count = len(packed) // HASH_BYTES
-            if kind == CLEARED:
-                self._clear(base)
-                continue
-            if kind == STORED:
-                if count > self._max_blocks - base.blocks or count > self._index.room():
-                    packed = self._cut(base, packed)
-                    count = len(packed) // HASH_BYTES
-                same = self._index.store(base.slot, tier, hashes_of(packed))
-                base.blocks += count - len(same)
-            else:
-                same = self._index.remove(base.slot, tier, hashes_of(packed))
-                base.blocks -= count - len(same)
-            base.xors[tier] ^= lanes(packed)
-            if same:
-                base.xors[tier] ^= reduce(xor, same)
-
-    def _clear(self, base: _Base) -> None:
-        self._full = ""
-        if base.blocks:
-            self._index.drop(base.slot)
-            base.slot, base.blocks, base.xors = self._index.add(), 0, [0] * TIERS
-
-    def _cut(self, base: _Base, packed: bytes) -> bytes:
-        """As many of these blocks as there is room for."""
-        self._full = f"it holds more blocks than the {base.blocks} for which there is room"
-        room = min(self._max_blocks - base.blocks, self._index.room())
-        return packed[: HASH_BYTES * max(0, room)]
+    def _change(self, base: TargetBlocks, run: Run) -> None:
+        if run[0] == CLEARED:
+            self._full = ""
+        if not base.fit(run):
+            self._full = f"it holds more blocks than the {base.blocks} for which there is room"
 
     def _hold(self, seq: int, ops: bytes) -> None:
         self._buffered += len(ops) - len(self._buffer.get(seq, b""))
@@ -362,14 +321,14 @@ class KvStream:
                 self._part = deque(_slices(self._unpack(base, ops)))
             while self._part and budget > 0:
                 run = self._part.popleft()
-                self._change(base, (run,))
+                self._change(base, run)
                 budget -= 1 + len(run[2]) // HASH_BYTES
             if not self._part:
                 base.seq += 1
                 self._buffered -= len(self._buffer.pop(base.seq))
         self._trim(base)
 
-    def _trim(self, base: _Base) -> None:
+    def _trim(self, base: TargetBlocks) -> None:
         """Let go of what is past, and of numbers too far ahead to be true."""
         for seq in [seq for seq in self._buffer if not base.seq < seq <= base.seq + MAX_BUFFER]:
             self._buffered -= len(self._buffer.pop(seq))
@@ -381,12 +340,12 @@ class KvStream:
             return
         budget = SLICE
         for run in self._rest:
-            self._change(base, (run,))
+            self._change(base, run)
             budget -= len(run[2]) // HASH_BYTES
             if budget <= 0:
                 return
         if self._base:
-            self._index.drop(self._base.slot)
+            self._base.drop()
         self._base, self._filling = base, None
         self._part.clear()
         self._wrong, self._proved, self._heard = "", False, now
@@ -453,7 +412,7 @@ class KvStream:
             return
         self._open = None
         self._full = ""
-        self._filling = _Base(self._index.add(), snapshot.seq)
+        self._filling = TargetBlocks(self._index, snapshot.seq, self._max_blocks)
         self._rest = _slices(snapshot.runs)
         self._top = max(self._top, snapshot.seq)
 
@@ -512,5 +471,5 @@ class KvStream:
 
 def _slices(runs: list[Run]) -> Iterator[Run]:
     for kind, tier, packed in runs:
-        for at in range(0, len(packed), SLICE * HASH_BYTES):
+        for at in range(0, len(packed) or 1, SLICE * HASH_BYTES):  # or 1: cleared is a run without hashes
             yield kind, tier, packed[at : at + SLICE * HASH_BYTES]

@@ -76,7 +76,9 @@ class KvFeed:
         """From the worker's event link."""
         key = (worker, message.rank)
         stream = self.streams.get(key)
-        if stream is not None and message.worker == worker:
+        if stream is None or message.worker != worker:
+            return
+        if type(message) is not KvBatch or not stream.take(message, self._loop.time()):
             self._handle(key, stream, message)
 
     def tick(self, now: float) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Iterable
-from functools import reduce
+from collections.abc import Callable, Iterable
+from functools import lru_cache, reduce
 from operator import xor
 from typing import NamedTuple
 
@@ -95,7 +95,12 @@ def unpack_ops(data: bytes) -> list[Run]:
 
 def hashes_of(packed: bytes) -> tuple[int, ...]:
     """The sequence hashes of a :data:`Run`."""
-    return struct.unpack(f"<{len(packed) // HASH_BYTES}Q", packed)
+    return _reader(len(packed))(packed)
+
+
+@lru_cache(maxsize=256)
+def _reader(size: int) -> Callable[[bytes], tuple[int, ...]]:
+    return struct.Struct(f"<{size // HASH_BYTES}Q").unpack
 
 
 def pack_replay(epoch: int, first: int, batches: Iterable[bytes]) -> bytes:

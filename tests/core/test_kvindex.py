@@ -176,6 +176,46 @@ def test_long_prompts_are_walked_to_their_end(length: int) -> None:
     assert found.host == {slot: length - held for slot, held in slots.items() if held < length}
 
 
+OTHERS = range(1, 7)
+"""Blocks that another target holds."""
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        pytest.param([11, 12, 13], id="all new"),
+        pytest.param([11, 12, 11], id="all new, one twice"),
+        pytest.param([1, 2, 3], id="all shared"),
+        pytest.param([1, 2, 1], id="all shared, one twice"),
+        pytest.param([1, 2, 11, 12], id="shared, then new"),
+        pytest.param([1, 2, 11, 11], id="shared, then new, one twice"),
+        pytest.param([1, 1, 11, 12], id="shared, one twice, then new"),
+        pytest.param([11, 1, 2, 12], id="new, shared, new"),
+        pytest.param([1, 2, 5, 6, 11], id="shared by one, by two, then new"),
+        pytest.param([8, 9], id="its own"),
+        pytest.param([8, 11, 12], id="its own, then new"),
+        pytest.param([1, 8, 11, 8, 11, 6], id="some of each, some twice"),
+    ],
+)
+@pytest.mark.parametrize("tier", [0, 2])
+def test_a_batch_counts_what_it_changes_however_it_is_mixed(batch: list[int], tier: int) -> None:
+    index = KvIndex()
+    other, third, slot = (index.add() for _ in range(3))
+    index.store(other, tier, hashes(*OTHERS))
+    index.store(third, tier, hashes(5, 6))
+    index.store(slot, tier, hashes(8, 9))
+
+    told = index.store(slot, tier, tuple(batch))
+    assert Counter(told) == Counter(batch) - Counter({one for one in batch if one not in (8, 9)})
+    assert index.held(slot) == {(one, tier) for one in (8, 9, *batch)}
+    told = index.remove(slot, tier, tuple(batch))
+    assert Counter(told) == Counter(batch) - Counter(set(batch))
+    assert index.held(slot) == {(one, tier) for one in (8, 9) if one not in batch}
+    assert index.held(other) == {(one, tier) for one in OTHERS}
+    assert index.held(third) == {(5, tier), (6, tier)}
+    assert len(index) == len({*OTHERS, *{8, 9}.difference(batch)})
+
+
 def test_room_counts_entries() -> None:
     index = KvIndex(max_blocks=3)
     slots = index.add(), index.add()

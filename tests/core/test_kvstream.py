@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pdyn.core import kvstream
@@ -257,7 +257,58 @@ def test_a_malformed_batch_is_followed_by_a_snapshot() -> None:
     assert pair.do(pair.step(3)[0]._replace(ops=b"\xff")) == [snapshot(2)]
     assert pair.told() == (DEGRADED, 2)
     assert "malformed" in pair.stream.why
-    assert pair.stream.counters.malformed == 1
+    assert (pair.stream.counters.malformed, pair.stream.counters.ignored) == (1, 0)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_short_way_takes_the_next_batch_of_a_calm_stream(state: str) -> None:
+    pair = Pair(state)
+    batch = pair.step(9)[0]
+    before = pair.stream.seq, pair.stream.blocks, pair.stream.slot
+
+    calm = state in (REPLAYING, EXACT)
+    assert pair.stream.take(batch, pair.now) is calm
+    if calm:
+        assert pair.told() == (state, 2)
+        assert pair.right()
+        pair.do(pair.worker.digest())
+        assert pair.told() == (EXACT, 2)
+    assert calm or (pair.stream.seq, pair.stream.blocks, pair.stream.slot) == before
+
+
+CLEAR = b"\x20\0\0\0\0"
+STORE = b"\0\x01\0\0\0" + bytes(8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"seq": 1}, id="seen"),
+        pytest.param({"seq": 3}, id="further ahead"),
+        pytest.param({"epoch": EPOCH - 1}, id="older epoch"),
+        pytest.param({"epoch": EPOCH + 1}, id="newer epoch"),
+        pytest.param({"ops": CLEAR}, id="cleared"),
+        pytest.param({"ops": STORE + CLEAR + STORE}, id="cleared in between"),
+        pytest.param({"ops": STORE + b"x"}, id="malformed behind a store"),
+        pytest.param({"ops": 4 * STORE}, id="more than there is room for"),
+    ],
+)
+def test_the_short_way_leaves_the_rest_as_it_is(change: dict[str, Any]) -> None:
+    pair = Pair(EXACT, max_blocks=5)
+    slot, held = pair.stream.slot, pair.worker.held()
+
+    assert not pair.stream.take(pair.step(3)[0]._replace(**change), pair.now)
+    assert (*pair.told(), pair.stream.blocks) == (EXACT, 1, 2)
+    assert pair.stream.slot == slot == 0
+    assert pair.index.held(slot) == held
+
+
+def test_the_short_way_ends_with_the_digest_that_it_rests_on() -> None:
+    pair = Pair(EXACT)
+    batch = pair.step(3)[0]
+
+    assert not pair.stream.take(batch, pair.now + STALE_S)
+    assert pair.stream.take(batch, pair.now + STALE_S - 0.01)
 
 
 def test_a_large_batch_is_applied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +357,16 @@ def test_a_cleared_cache_takes_a_new_slot() -> None:
     assert pair.right()
     pair.do(pair.worker.digest())
     assert pair.stream.state == EXACT
+
+
+def test_a_cleared_cache_that_waited_for_what_was_missing_is_cleared() -> None:
+    pair = Pair(EXACT)
+    late, ahead = pair.step(3)[0], pair.take(BlocksCleared(), BlocksStored((9,), None, (9,)))[0]
+    pair.do(ahead)
+    pair.do(late)
+
+    assert pair.told() == (REPLAYING, 3)
+    assert pair.right()
 
 
 # Digests
@@ -560,6 +621,7 @@ def test_a_target_with_too_many_blocks_is_degraded_and_says_so() -> None:
     assert pair.told() == (EXACT, 3)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(STATES), st.binary(max_size=40), st.integers(0, 4)), max_size=6))
 def test_random_bytes_raise_nothing(inputs: list[tuple[str, bytes, int]]) -> None:
     for state, data, ahead in inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 from array import array
 from contextlib import suppress
@@ -21,7 +22,9 @@ from p2pdyn.wire.kvpack import (
     Op,
     Run,
     combine,
+    fold,
     hashes_of,
+    lanes,
     pack_ops,
     pack_replay,
     pack_snapshot,
@@ -164,6 +167,18 @@ def test_the_xor_of_many_is_that_of_one_after_the_other(hashes: list[int]) -> No
     for one in hashes:
         total ^= one
     assert xor_all(array("Q", hashes)) == total
+
+
+@given(st.lists(st.lists(U64, max_size=300), max_size=5))
+def test_runs_in_lanes_add_up_to_their_xor(runs: list[list[int]]) -> None:
+    total = added = 0
+    for run in runs:
+        for one in run:
+            total ^= one
+        added ^= lanes(struct.pack(f"<{len(run)}Q", *run))
+    assert added.bit_length() <= 8 * 1024
+    assert fold(added) == total
+    assert combine([0, added, 0]) == combine([0, total, 0])
 
 
 BATCH = KvBatch("é1", 7, 3, 9, b"ops")
