@@ -180,14 +180,14 @@ class Lender:
         """The frontend has given up the request that the lease was made for."""
         actions = self._expire(now)
         lease = self.leases.get(number)
-        return actions if lease is None else actions + self._stop(lease, now)
+        return actions if lease is None else actions + self._stop(lease)
 
     def raise_epoch(self, epoch: int, now: float) -> list[Action]:
         """This node has another epoch from now on: nobody can refer to the leases any more."""
         actions = self._expire(now)
         self.epoch = epoch
         for lease in list(self.leases.values()):
-            actions += self._stop(lease, now)
+            actions += self._stop(lease)
         return actions + self._refuse_pinnings("the owner's epoch was raised")
 
     def tick(self, now: float) -> list[Action]:
@@ -255,15 +255,14 @@ class Lender:
         pinnings, self._pinning = self._pinning, {}
         return [self._refuse(one.connection, one.ticket, reason) for one in pinnings.values()]
 
-    def _stop(self, lease: Lease, since: float) -> list[Action]:
-        """No commit can succeed from ``since`` on."""
+    def _stop(self, lease: Lease) -> list[Action]:
+        """No commit succeeds any more. A borrower that heard us last begins no read after ``until``."""
         if lease.state == GRANTED:
             return [self._end(lease)]
         if lease.state == CLAIMED:
             self.quarantined += 1
             lease.state = QUARANTINED
-            lease.until = since + longest_read(len(lease.held.blocks) * self._block_bytes)
-            self._due = min(self._due, lease.until)
+            lease.until += longest_read(len(lease.held.blocks) * self._block_bytes)
         return []
 
     def _end(self, lease: Lease) -> Release:
@@ -282,7 +281,7 @@ class Lender:
         for lease in list(self.leases.values()):
             if lease.state != QUARANTINED and lease.until <= now:
                 self.expired += 1
-                actions += self._stop(lease, lease.until)
+                actions += self._stop(lease)
             if lease.state == QUARANTINED and lease.until <= now:
                 actions.append(self._end(lease))
         for key in [key for key, pinning in self._pinning.items() if pinning.until <= now]:

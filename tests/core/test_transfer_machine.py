@@ -1,0 +1,265 @@
+"""Lenders and borrowers whose processes, engines, movers and links do what they like: nobody ever uses another prompt's
+KV, and in the end every block is free."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.transfer_engine import BLOCK_BYTES, DEPTH, prompt_keys
+from support.transfers import Process, World
+
+from p2pdyn.core.lease import GRANTED, LEASE_S, Reply, longest_read
+from p2pdyn.core.pull import CLAIMING, REPLY_S, StartRead
+from p2pdyn.core.types import NodeId
+from p2pdyn.wire.requests import Claim, Commit, Committed, Granted, Renew, Renewed, Return
+
+PROCESSES = st.integers(0, 2)
+PROMPTS = st.integers(0, 3)
+DEPTHS = st.integers(1, DEPTH)
+STEP_S = 0.05
+
+QUIET_S = LEASE_S + longest_read(DEPTH * BLOCK_BYTES) + REPLY_S
+"""After this long without anything new, nothing is held for anybody."""
+
+
+class Transfers(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(0, 0)
+
+    @initialize(seed=st.integers(0, 2**32))
+    def start(self, seed: int) -> None:
+        self.world = World(seed, 3)
+
+    def process(self, number: int) -> Process:
+        return self.world.processes[number]
+
+    def awake(self, number: int) -> Process | None:
+        """The process once it has done all that is due, if it runs."""
+        process = self.process(number)
+        process.work()
+        if process.frozen:
+            return None
+        process.tick()
+        return process
+
+    # What is asked of them
+
+    @rule(owner=PROCESSES, borrower=PROCESSES, prompt=PROMPTS, depth=DEPTHS)
+    def prefill(self, owner: int, borrower: int, prompt: int, depth: int) -> None:
+        self.world.prefill(self.process(owner), self.process(borrower), prompt_keys(prompt, depth))
+        self.pass_time(STEP_S)
+
+    @rule(owner=PROCESSES, borrower=PROCESSES, prompt=PROMPTS, depth=DEPTHS)
+    def pull_prefix(self, owner: int, borrower: int, prompt: int, depth: int) -> None:
+        source = self.process(owner)
+        self.process(borrower).post(
+            lambda: self.process(borrower).begin(source.name, source.epoch, 0, prompt_keys(prompt, depth))
+        )
+        self.pass_time(STEP_S)
+
+    @precondition(lambda self: self.world.handed)
+    @rule(borrower=PROCESSES, latest=st.booleans())
+    def migrate(self, borrower: int, latest: bool) -> None:
+        """Somebody else gets a lease that was given out before."""
+        owner, epoch, lease, keys = self.world.handed[-1 if latest else 0]
+        self.process(borrower).post(lambda: self.process(borrower).begin(owner.name, epoch, lease, keys))
+
+    @rule(number=PROCESSES, data=st.data(), cannot=st.booleans())
+    def give_up(self, number: int, data: st.DataObject, cannot: bool) -> None:
+        process = self.process(number)
+        keys = [*process.borrower.pulls, *(one.key for one in process.engine.queue)]
+        if keys:
+            key = data.draw(st.sampled_from(keys))
+            process.post(lambda: process.cannot(key) if cannot else process.cancel(key))
+
+    @rule(owner=PROCESSES, data=st.data())
+    def cancel_lease(self, owner: int, data: st.DataObject) -> None:
+        process = self.process(owner)
+        if process.lender.leases:
+            lease = data.draw(st.sampled_from(list(process.lender.leases)))
+            process.post(lambda: process.cancel_lease(lease))
+
+    # Time
+
+    def pass_time(self, seconds: float) -> None:
+        until = self.world.time + seconds
+        while self.world.time < until:
+            self.world.step(STEP_S)
+
+    @rule(seconds=st.sampled_from((0.1, 0.3, 0.7, 1.5, 3.0)))
+    def advance(self, seconds: float) -> None:
+        self.pass_time(seconds)
+
+    # What goes wrong
+
+    @rule(delay=st.sampled_from((0.0, 0.0, 0.3, 1.5, 4.0)), loss=st.sampled_from((0.0, 0.0, 0.1, 0.5)))
+    def weather(self, delay: float, loss: float) -> None:
+        self.world.delay, self.world.loss = delay, loss
+
+    @rule(
+        pace=st.sampled_from((0.01, 0.2, 1.0)),
+        stubborn=st.sampled_from((0.0, 0.5)),
+        skewed=st.sampled_from((0.0, 0.3)),
+        breaking=st.sampled_from((0.0, 0.0, 0.3)),
+    )
+    def mover(self, pace: float, stubborn: float, skewed: float, breaking: float) -> None:
+        world = self.world
+        world.pace, world.stubborn, world.skewed, world.breaking = pace, stubborn, skewed, breaking
+
+    @rule(churning=st.sampled_from((0.0, 0.1, 0.9)))
+    def traffic(self, churning: float) -> None:
+        """How often an engine's free blocks go to other prompts."""
+        self.world.churning = churning
+
+    @rule(number=PROCESSES)
+    def churn(self, number: int) -> None:
+        self.process(number).engine.churn(1.0)
+
+    @rule(number=PROCESSES, seconds=st.sampled_from((0.3, 1.2, 2.5, 6.0)))
+    def freeze(self, number: int, seconds: float) -> None:
+        """A process stands still, and the others go on."""
+        process = self.process(number)
+        process.frozen = True
+        self.pass_time(seconds)
+        process.frozen = False
+
+    @rule(number=PROCESSES, frozen=st.booleans(), stalled=st.booleans())
+    def hang(self, number: int, frozen: bool, stalled: bool) -> None:
+        """A process, or its engine, stands still until another such."""
+        self.process(number).frozen, self.process(number).stalled = frozen, stalled
+
+    @rule(
+        number=PROCESSES,
+        other=PROCESSES,
+        kind=st.sampled_from(("link", "link", "restart", "engine", "epoch")),
+        tell=st.booleans(),
+        keep=st.booleans(),
+    )
+    def trouble(self, number: int, other: int, kind: str, tell: bool, keep: bool) -> None:
+        world, process = self.world, self.process(number)
+        if kind == "link":
+            world.break_link(world.links[process.name, self.process(other).name], tell, keep)
+        elif kind == "restart":
+            world.restart(process, tell, keep)
+        elif kind == "engine":
+            world.engine_dies(process)
+        else:
+            process.post(process.raise_epoch)
+
+    @rule(number=PROCESSES, data=st.data())
+    def impostor(self, number: int, data: st.DataObject) -> None:
+        """Somebody answers who was not asked."""
+        process, stranger = self.awake(number), NodeId("stranger")
+        if process is None or not process.borrower.pulls:
+            return
+        pull = data.draw(st.sampled_from(list(process.borrower.pulls.values())))
+        before = pull.state
+        granted = Granted(pull.ticket, pull.lease, bytes(4), bytes(4))
+        assert process.borrower.granted(stranger, granted, process.now) == []
+        assert process.borrower.renewed(stranger, Renewed(pull.lease, False), process.now) == []
+        assert process.borrower.committed(stranger, Committed(pull.ticket, True), process.now) == []
+        assert pull.state == before
+
+    @rule(number=PROCESSES, data=st.data())
+    def intruder(self, number: int, data: st.DataObject) -> None:
+        """Somebody speaks of a lease that another has."""
+        process = self.awake(number)
+        known = [one for one in process.lender.leases.values() if one.state != GRANTED] if process else []
+        if process is None or not known:
+            return
+        lender, lease = process.lender, data.draw(st.sampled_from(known))
+        before = (lease.state, lease.until)
+        now, number, epoch, stranger = process.now, lease.number, process.epoch, b"c0"
+        keys = b"".join(lease.held.keys)
+        (refusal,) = lender.claim(stranger, Claim(1, number, epoch, keys), now)
+        assert isinstance(refusal, Reply)
+        assert isinstance(refusal.message, Granted)
+        assert not refusal.message.blocks
+        assert lender.renew(stranger, Renew(number, epoch), now) == [Reply(stranger, Renewed(number, False))]
+        assert lender.commit(stranger, Commit(1, number, epoch), now) == [Reply(stranger, Committed(1, False))]
+        assert lender.give_back(stranger, Return(number, epoch), now) == []
+        assert lender.leases[lease.number] is lease
+        assert (lease.state, lease.until) == before
+
+    @rule(number=PROCESSES, data=st.data(), blocks=st.binary(max_size=20), generations=st.binary(max_size=20))
+    def nonsense(self, number: int, data: st.DataObject, blocks: bytes, generations: bytes) -> None:
+        """An owner's Granted that can not be right is nothing to read by."""
+        process = self.awake(number)
+        claiming = [one for one in process.borrower.pulls.values() if one.state == CLAIMING] if process else []
+        if process is None or not claiming:
+            return
+        pull = data.draw(st.sampled_from(claiming))
+        if len(blocks) == len(generations) and not len(blocks) % 4:
+            blocks += b"?"
+        granted = Granted(pull.ticket, pull.lease, blocks, generations)
+        actions = process.borrower.granted(pull.source, granted, process.now)
+        assert not any(isinstance(action, StartRead) for action in actions)
+        process.do(actions)
+
+    # What must hold
+
+    @invariant()
+    def check(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        """All is well again, nothing new comes: in time nothing is held, and then transfers work."""
+        world = self.world
+        if not world.processes:
+            return
+        world.delay = world.loss = world.stubborn = world.skewed = world.breaking = world.churning = world.pace = 0.0
+        for read in world.reads:
+            read.next_at, read.pace = world.time, 0.0
+        for link in world.links.values():
+            for letter in [*link.asks, *(one for queue in link.replies.values() for one in queue)]:
+                letter.due = world.time
+        for process in world.processes:
+            process.frozen = process.stalled = False
+            process.work()
+            for waiting in list(process.engine.queue):
+                process.cancel(waiting.key)
+        self.pass_time(QUIET_S)
+        self.idle()
+        self.transfer()
+
+    def idle(self) -> None:
+        assert not self.world.reads
+        for process in self.world.processes:
+            process.do(process.lender.tick(process.now))
+            process.do(process.borrower.tick(process.now))
+            assert not any(process.lender.states().values())
+            assert not any(process.borrower.states().values())
+            assert process.lender.blocks == 0
+            assert process.lender.next_deadline() is None
+            assert process.borrower.next_deadline() is None
+            engine = process.engine
+            assert not any(engine.refs), f"{engine.held} {engine.limbo} {engine.reserved}"
+            assert not process.engine.reserved
+            assert set(process.reading.values()) <= {1}
+
+    def transfer(self) -> None:
+        """From the first to the second as a hand-over, from there to the third as a prefix."""
+        first, second, third = self.world.processes
+        for process in self.world.processes:
+            process.engine.churn(1.0)
+        keys = prompt_keys(0, DEPTH)
+        self.world.prefill(first, second, keys)
+        self.pass_time(1.0)
+        assert second.engine.run(keys)
+        assert second.borrower.outcomes["filled"] > 0
+        filled = third.engine.filled
+        third.begin(second.name, second.epoch, 0, keys)
+        self.pass_time(1.0)
+        assert third.engine.filled == filled + DEPTH
+        self.idle()
+
+
+TestTransfers = Transfers.TestCase
+TestTransfers.settings = settings(
+    max_examples=60,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+)
