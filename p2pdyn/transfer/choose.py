@@ -17,7 +17,8 @@ from p2pdyn.wire.transfer import Offer
 
 log = logging.getLogger(__name__)
 
-KINDS = ("auto", "nixl", "tcp", "off")
+INSTALL = "run `pip install --no-deps nixl nixl-cu12` (nixl-cu13 for CUDA 13)"
+"""Its other dependency is torch, which moving host memory does not need."""
 
 
 def choose(
@@ -37,7 +38,7 @@ def choose(
         from p2pdyn.transfer.nixl import NixlMover
 
         if not _has_nixl():
-            raise TransferError("NIXL is not installed: pip install 'p2pdyn[nixl]', or give --kv-transfer tcp")
+            raise TransferError(f"NIXL is not installed: {INSTALL}, or give --kv-transfer tcp")
         return NixlMover(peer, regions, devices=devices, emulated=True)
     try:
         tcp = TcpMover(sockets, address, regions, held)
@@ -46,7 +47,7 @@ def choose(
     if kind == "tcp":
         return tcp
     if not _has_nixl():
-        log.warning("KV blocks move over tcp, which is slower: NIXL is not installed (pip install 'p2pdyn[nixl]')")
+        log.warning("KV blocks move over tcp, which is slower, because NIXL is not installed: %s", INSTALL)
         return tcp
     from p2pdyn.transfer.nixl import NixlMover
 
@@ -61,7 +62,7 @@ class Movers:
     """Several movers as one, best first: each peer is read over the first that reaches it."""
 
     def __init__(self, movers: Sequence[Mover]) -> None:
-        self._movers = tuple(movers)
+        self.movers = tuple(movers)
         self._by_peer: dict[str, Mover] = {}
         self._by_ticket: dict[int, tuple[Mover, int]] = {}
         self._tickets = 0
@@ -69,7 +70,7 @@ class Movers:
 
     @property
     def name(self) -> str:
-        return "+".join([mover.name for mover in self._movers])
+        return "+".join([mover.name for mover in self.movers])
 
     @property
     def reads(self) -> int:
@@ -77,25 +78,25 @@ class Movers:
 
     @property
     def bytes_read(self) -> int:
-        return sum([mover.bytes_read for mover in self._movers])
+        return sum([mover.bytes_read for mover in self.movers])
 
     @property
     def errors(self) -> int:
-        return sum([mover.errors for mover in self._movers])
+        return sum([mover.errors for mover in self.movers])
 
     @property
     def bandwidth(self) -> float:
         """Of the one that has read most."""
-        return max(self._movers, key=lambda mover: (mover.bytes_read, mover.bandwidth)).bandwidth
+        return max(self.movers, key=lambda mover: (mover.bytes_read, mover.bandwidth)).bandwidth
 
     async def ready(self) -> None:
-        for mover in self._movers:
+        for mover in self.movers:
             with suppress(TransferError):
                 await mover.ready()
 
     def describe(self) -> bytes:
         offered = []
-        for mover in self._movers:
+        for mover in self.movers:
             try:
                 offered.append(mover.describe())
             except TransferError as error:
@@ -105,7 +106,7 @@ class Movers:
     async def meet(self, peer: str, host: str, description: bytes) -> None:
         self.forget(peer)
         whys: list[str] = []
-        for mover in self._movers:
+        for mover in self.movers:
             try:
                 await mover.meet(peer, host, description)
             except TransferError as error:
@@ -124,11 +125,11 @@ class Movers:
 
     def forget(self, peer: str) -> None:
         self._by_peer.pop(peer, None)
-        for mover in self._movers:
+        for mover in self.movers:
             mover.forget(peer)
 
     def read(self, peer: str, remote: Sequence[int], local: Sequence[int], done: Done) -> int:
-        mover = self._by_peer.get(peer, self._movers[-1])  # the last one will say that it does not know it
+        mover = self._by_peer.get(peer, self.movers[-1])  # the last one will say that it does not know it
         self._tickets += 1
         ticket = self._tickets
         self._by_ticket[ticket] = mover, mover.read(peer, remote, local, partial(self._over, ticket, done))
@@ -144,5 +145,5 @@ class Movers:
             mover.cancel(theirs)
 
     async def close(self) -> None:
-        for mover in self._movers:
+        for mover in self.movers:
             await mover.close()

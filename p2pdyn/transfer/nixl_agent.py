@@ -138,7 +138,7 @@ def _bindings() -> Any:
         import nixl  # noqa: F401  # chooses between the builds for CUDA 12 and 13
         from nixl import _bindings as bindings
     except ImportError as error:
-        raise TransferError(f"NIXL is not installed ({error}): pip install 'p2pdyn[nixl]'") from None
+        raise TransferError(f"NIXL cannot be loaded: {error}") from None
     return bindings
 
 

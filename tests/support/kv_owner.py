@@ -20,6 +20,7 @@ from p2pdyn.net.curve import Security
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.transfer.base import Region
 from p2pdyn.transfer.choose import choose
+from p2pdyn.transfer.tcp import TcpMover
 
 TAG = 32
 
@@ -58,7 +59,7 @@ async def main(options: dict[str, Any]) -> None:
     while line := await reader.readline():
         if line.strip() == b"close":
             break
-        owner = getattr(mover, "owner", None)
+        owner = next((m.owner for m in getattr(mover, "movers", [mover]) if isinstance(m, TcpMover)), None)
         print(json.dumps({name: getattr(owner, name) for name in ("bytes_served", "refused", "malformed")}), flush=True)
     await mover.close()
     sockets.close()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ from p2pdyn.net.curve import Security
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.transfer.base import Mover
 from p2pdyn.transfer.choose import choose
+from p2pdyn.wire.codec import decode, encode
+from p2pdyn.wire.schema import TRANSFER
+from p2pdyn.wire.transfer import Description
 from support.kv_owner import allocate, content
 
 TESTS = Path(__file__).parents[1]
 BLOCKS, STRIDE = 256, 65536
+LARGE = {"blocks": 128, "stride": 2**20}
+"""Long enough to be caught in the middle."""
 LOCAL = Address("127.0.0.1", 0)
 
 needs_nixl = pytest.mark.skipif(find_spec("nixl") is None, reason="NIXL is not installed")
@@ -44,6 +50,13 @@ class OwnerProcess:
         )
         assert self.process.stdout is not None
         self.description = bytes.fromhex(json.loads(self.process.stdout.readline())["description"])
+
+    def with_port_of(self, other: OwnerProcess) -> bytes:
+        """The description that this one would have at the other's port."""
+        ours, theirs = (decode(TRANSFER, owner.description) for owner in (self, other))
+        assert isinstance(ours, Description)
+        assert isinstance(theirs, Description)
+        return encode(replace(ours, port=theirs.port))
 
     def stats(self) -> dict[str, int]:
         assert self.process.stdin is not None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from hypothesis import strategies as st
 
 from p2pdyn.core.types import PeerInfo, SamplingParams, ServedModel
-from p2pdyn.wire import control, events, header, requests  # noqa: F401  # register their messages
+from p2pdyn.wire import control, events, header, requests, transfer  # noqa: F401  # register their messages
 from p2pdyn.wire.schema import REGISTRY, Bound, Cap
 
 SMALL = 12

@@ -1,0 +1,81 @@
+"""What is peculiar to NIXL."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from support.kv_reader import TESTS, OwnerProcess, Reader, needs_nixl, run
+
+from p2pdyn.transfer.nixl import NixlMover
+
+Owners = Callable[..., OwnerProcess]
+pytestmark = needs_nixl
+
+
+def python(*arguments: str, **environment: str) -> str:
+    """What a Python process printed; its stderr must be empty."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_a_posted_read_from_a_frozen_owner_is_not_over_until_it_is() -> None:
+    """NIXL's own release would leave it writing, unseen. So blocks are given back only when nothing writes any more."""
+    found = json.loads(python(str(TESTS / "support" / "kv_frozen.py"), UCX_TLS="tcp"))
+    assert found["frozen"] == {"over": False, "reads": 1}
+    assert found["error"] in ("it was cancelled", "the peer is gone")
+    assert 0 < found["written"] < 64, "the slices that were posted, and no more"
+    assert (found["again"], found["reads"], found["intact"]) == ("", 0, True)
+
+
+def test_an_idle_mover_takes_no_processor_time() -> None:
+    code = """
+import asyncio, time
+from support.kv_owner import allocate
+from p2pdyn.transfer.nixl import NixlMover
+async def main():
+    mover = NixlMover("node-1", allocate(4, 4096), devices=("lo",))
+    await mover.ready()
+    before = time.process_time()
+    await asyncio.sleep(1)
+    print(time.process_time() - before)
+    await mover.close()
+asyncio.run(main())
+"""
+    assert float(python("-c", code)) < 0.3  # NIXL's default would be 1.0
+
+
+def test_importing_the_mover_loads_neither_nixl_nor_numpy() -> None:
+    code = "import sys, p2pdyn.transfer.nixl; print([m for m in ('nixl', 'numpy') if m in sys.modules])"
+    assert python("-c", code) == "[]\n"
+
+
+def test_a_mover_that_is_closed_at_once_ends_in_order(owners: Owners) -> None:
+    async def body(reader: Reader) -> None:
+        assert isinstance(reader.mover, NixlMover)
+
+    run("nixl", body)
+
+
+def test_names_must_agree(owners: Owners) -> None:
+    from p2pdyn.transfer.base import TransferError
+
+    owner = owners("nixl")
+    owner.name = "somebody-else"
+
+    async def body(reader: Reader) -> None:
+        with pytest.raises(TransferError, match="another name"):
+            await reader.meet(owner)
+
+    run("nixl", body)
