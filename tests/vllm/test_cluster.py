@@ -1,0 +1,164 @@
+"""Real nodes with vLLM workers behind one endpoint, through the official client."""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from support.nodes import Cluster, NodeProcess, make_key, wait_for
+from support.vllm_engine import ARGS, ENVIRONMENT, START_S, needs_vllm
+
+pytestmark = [needs_vllm, pytest.mark.timeout(700)]
+
+LAG_S = 0.1
+"""Loading never holds up the peer's loop this long."""
+PROMPT = re.compile(r"prefix cache: (\d+) tokens asked, (\d+) found; from other workers: (\d+) asked, (\d+) brought")
+NEWS_S = 15.0
+"""vLLM's own counters are logged each 10 s."""
+
+
+class Vllms:
+    """A cluster of vLLM workers on one tiny model, and a frontend."""
+
+    def __init__(self, cluster: Cluster, model: Path) -> None:
+        self.cluster = cluster
+        self.model = model
+        self.frontend = cluster.frontend("f")
+        self.workers: list[NodeProcess] = []
+
+    def start(self, name: str, *flags: str) -> NodeProcess:
+        """One that is loading."""
+        args = (*flags, "--model", str(self.model), "--offline", "--", *ARGS)
+        worker = self.cluster.start(name, *args, engine="vllm", seeds=[self.frontend])
+        self.workers.append(worker)
+        return worker
+
+    def ready(self) -> None:
+        for worker in self.workers:
+            worker.wait_ready(START_S)
+        with self.client() as client:
+            wait_for(lambda: self._known(client) == len(self.workers), 15, "all workers, seen by the endpoint")
+
+    def _known(self, client: openai.OpenAI) -> int:
+        return sum(model.model_extra["ready_workers"] for model in client.models.list().data)  # type: ignore[index]
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.frontend.url}/v1", api_key="none", timeout=60, max_retries=0)
+
+    def named(self, worker: str) -> NodeProcess:
+        return next(one for one in self.workers if one.id == worker)
+
+
+def counted(worker: NodeProcess) -> tuple[int, ...]:
+    """(prompt tokens asked of vLLM's prefix cache, found, asked of its connector, brought), as vLLM counts them."""
+    found = PROMPT.findall(worker.stderr)
+    return tuple(map(int, found[-1])) if found else (0, 0, 0, 0)
+
+
+def words(characters: int, seed: int) -> str:
+    return "".join(random.Random(seed).choices(string.ascii_lowercase, k=characters))
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    folder = tmp_path_factory.mktemp("cluster")
+    with Cluster(folder, make_key(folder)) as nodes:
+        yield nodes
+
+
+def chat(client: openai.OpenAI, messages: list[dict[str, str]], **more: Any) -> tuple[str, str, Any]:
+    """(the worker, the answer, usage)."""
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_tokens=24,
+        temperature=0,
+        **more,  # type: ignore[call-overload]
+    )
+    return answer.model_extra["p2pdyn"]["workers"][0], answer.choices[0].message.content, answer.usage
+
+
+def test_conversations_stay_where_their_prefix_is(cluster: Cluster, tiny: Path) -> None:
+    """Two workers. vLLM's own counters confirm the hits, and its loading never held up the peer's loop."""
+    vllms = Vllms(cluster, tiny)
+    watched = vllms.start("w1", "--http", "127.0.0.1:0")
+    vllms.start("w2", "--no-http")
+    vllms.ready()
+    with urllib.request.urlopen(f"{watched.url}/metrics", timeout=10) as page:
+        (lag,) = re.findall(r"^p2pdyn_loop_lag_seconds (\S+)", page.read().decode(), re.MULTILINE)
+    assert float(lag) < LAG_S
+
+    with vllms.client() as client:
+        conversations = []
+        for seed in range(4):
+            messages = [{"role": "user", "content": words(500, seed)}]
+            worker, content, usage = chat(client, messages)
+            assert usage.completion_tokens <= 24
+            messages += [{"role": "assistant", "content": content}, {"role": "user", "content": words(60, 100 + seed)}]
+            conversations.append((worker, messages))
+        wait_for(lambda: all_exact(vllms), 15, "what the workers hold, known to the endpoint")
+        for worker, messages in conversations:
+            second, _, usage = chat(client, messages)
+            assert second == worker, "the second turn goes to the worker that holds the first one"
+            assert usage.prompt_tokens_details.cached_tokens >= 480
+        used = {worker for worker, _ in conversations}
+        for worker in used:
+            turns = sum(one == worker for one, _ in conversations)
+            wait_for(lambda w=worker, n=turns: counted(vllms.named(w))[1] >= 480 * n, NEWS_S, "vLLM's count of hits")
+        stream = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "x"}],  # type: ignore[arg-type]
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        assert sum(bool(chunk.choices) for chunk in stream) >= 2
+
+
+def all_exact(vllms: Vllms) -> bool:
+    peers = vllms.frontend.peers(*vllms.cluster.key_args())["peers"]
+    found = [peer["kv"]["stream"] for peer in peers if peer["role"] != "frontend"]
+    return len(found) == len(vllms.workers) and set(found) == {"EXACT"}
+
+
+def test_long_prompts_are_computed_by_the_prefill_worker(cluster: Cluster, tiny: Path) -> None:
+    """One prefill and one decode worker: the decode worker's vLLM gets the blocks from the other one's, and answers
+    what it answers alone."""
+    vllms = Vllms(cluster, tiny)
+    prefill, decode = (
+        vllms.start("p", "--no-http", "--role", "prefill"),
+        vllms.start("d", "--no-http", "--role", "decode"),
+    )
+    vllms.ready()
+    with vllms.client() as client:
+        for seed in range(3):
+            asked: dict[str, Any] = {"model": "tiny", "prompt": words(1500, seed), "max_tokens": 24, "temperature": 0}
+            pulled = client.completions.create(**asked, extra_body={"ignore_eos": True})
+            own = client.completions.create(**asked, extra_body={"ignore_eos": True, "cache_salt": f"own{seed}"})
+            assert pulled.choices[0].text == own.choices[0].text
+            assert pulled.usage is not None
+            assert pulled.usage.completion_tokens == 24
+    wait_for(
+        lambda: counted(decode)[3] >= 3 * 1400,
+        NEWS_S,
+        lambda: f"blocks brought to the decode worker: {counted(decode)}",
+    )
+    peers = vllms.frontend.peers(*cluster.key_args())["peers"]
+    roles = {peer["id"]: peer["role"] for peer in peers}
+    assert (roles[prefill.id], roles[decode.id]) == ("prefill", "decode")
+    wait_for(lambda: all(used == 0 for used in kv_used(vllms)), 20, "blocks given back on both sides")
+
+
+def kv_used(vllms: Vllms) -> list[int]:
+    peers = vllms.frontend.peers(*vllms.cluster.key_args())["peers"]
+    return [peer["load"]["kv_used"] for peer in peers if peer["role"] != "frontend"]
