@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
 from p2pdyn.core.router import Decision
+from p2pdyn.core.router_cost import Pull
 from p2pdyn.core.router_target import Target
 from p2pdyn.core.routes import Routes, Serving
 from p2pdyn.core.types import DECODE, Load, NodeId
@@ -315,32 +316,36 @@ class Flights:
             return self._start(flight, tokens, decision, now)
         self.prefills_remote += 1
         flight.decode, flight.prefill = decision, prefill
+        decision.target.promise(flight.rid, decision.view.blocks)
         self.routes.hand_overs.sent(flight.rid, prefill, now)
-        return [self._dispatch(flight, tokens, prefill, now, hand_over=True, transfer=self._pull(prefill))]
+        transfer = self._prefix(prefill.pull) if prefill.pull is not None else None
+        return [self._dispatch(flight, tokens, prefill, now, hand_over=True, transfer=transfer)]
 
     def _start(self, flight: Flight, tokens: array[int], decision: Decision, now: float) -> list[Action]:
         """Have the chosen worker generate."""
         actions: list[Action] = []
-        transfer, target, lent = self._pull(decision), decision.target, flight.lent
-        if lent is not None and lent.source.moves_kv == target.moves_kv and self.routes.current(lent.source):
-            transfer = lent.transfer
-            left = len(tokens) - transfer.blocks * decision.ask.block_size if transfer.blocks else 1
-            decision = replace(decision, uncached=max(1, min(decision.uncached, left)))
-        elif lent is not None:
-            actions = self._give_up(flight)
+        transfer: Transfer | None = None
+        if flight.lent is not None:
+            if self._usable(flight.lent, decision.target):
+                transfer = flight.lent.transfer
+                left = len(tokens) - transfer.blocks * decision.ask.block_size if transfer.blocks else 1
+                decision = replace(decision, uncached=max(1, min(decision.uncached, left)))
+            else:
+                actions = self._give_up(flight)
+        if transfer is None and decision.pull is not None:
+            transfer = self._prefix(decision.pull)
         self.routes.router.sent(flight.rid, decision, now)
-        worker = target.worker
+        worker = decision.target.worker
         if not flight.workers or flight.workers[-1] != worker:
             flight.workers.append(worker)
         dispatch = self._dispatch(flight, tokens, decision, now, transfer=transfer)
         flight.sink.on_routed(worker)
         return [*actions, dispatch] if actions else [dispatch]
 
-    def _pull(self, decision: Decision) -> Transfer | None:
-        """A prefix that the chosen worker lacks, and another has."""
-        pull = decision.pull
-        if pull is None:
-            return None
+    def _usable(self, lent: _Lent, target: Target) -> bool:
+        return lent.source.moves_kv == target.moves_kv and self.routes.current(lent.source)
+
+    def _prefix(self, pull: Pull) -> Transfer:
         self.pulls += 1
         return Transfer(pull.source.worker, 0, 0, pull.blocks)
 
@@ -400,6 +405,8 @@ class Flights:
             self.routes.router.finished(flight.rid, now, 0 if flight.prefilling else flight.received)
         else:
             self.routes.hand_overs.finished(flight.rid, now, int(computed))
+            if flight.decode is not None:
+                flight.decode.target.withdraw(flight.rid)
             flight.prefill = flight.decode = None
         at = self._at[worker]
         del at[flight.rid]

@@ -47,7 +47,8 @@ class Target:
     __slots__ = (
         "_as_of", "_assumed_tps", "_open", "_recent", "_reported", "_tokens", "_worked", "approximate",
         "block_pull_s", "decode_blocks", "itl_per_block_s", "load", "moves_kv", "my_blocks", "my_pending", "others",
-        "others_blocks", "rank", "requests", "role", "slot", "tps", "waits", "work", "worker",
+        "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "tps", "waits", "work",
+        "worker",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +85,9 @@ class Target:
         """Uncached prompt tokens of our requests there that have no first token yet."""
         self.my_blocks = 0
         """Blocks of our open requests there."""
+        self.promised = 0
+        """Of our requests those that are still computed elsewhere, and will come."""
+        self.promised_blocks = 0
         self.others = 0
         self.others_blocks = 0
         self._open: dict[Hashable, _Open] = {}
@@ -101,7 +105,8 @@ class Target:
         self.tps = load.prefill_tps or self._assumed_tps
         self.itl_per_block_s = load.itl_per_block_ms * 1e-3
         self.block_pull_s = load.block_bytes / load.pull_bps if load.pull_bps else 0.0
-        tokens, requests, blocks = load.prefill_tokens_queued, len(self._open), self.my_blocks
+        tokens, requests = load.prefill_tokens_queued, len(self._open) - self.promised
+        blocks = self.my_blocks - self.promised_blocks
         recent = self._recent
         while recent and recent[0][0] <= now - IN_FLIGHT_S:
             recent.popleft()
@@ -138,6 +143,22 @@ class Target:
         while recent and recent[0][0] <= now - IN_FLIGHT_S:
             recent.popleft()
         recent.append((now, key))
+
+    def promise(self, key: Hashable, blocks: int) -> None:
+        """A request of ours will come once another worker has computed its prompt; until then no report shows it."""
+        self._open[key] = _Open(0, blocks)
+        self.promised += 1
+        self.promised_blocks += blocks
+        self.my_blocks += blocks
+        self._count()
+
+    def withdraw(self, key: Hashable) -> None:
+        """It is to come now, or never."""
+        blocks = self._open.pop(key).blocks
+        self.promised -= 1
+        self.promised_blocks -= blocks
+        self.my_blocks -= blocks
+        self._count()
 
     def first_token(self, key: Hashable) -> None:
         """Its prompt has been computed."""

@@ -50,14 +50,33 @@ def frontend_metrics(
             "Of these, what workers found in their prefix caches: the hit rate is the quotient.",
             flights.cached_tokens,
         ),
+        (
+            "p2pdyn_router_pulls_total",
+            "counter",
+            "Prefixes to be read from another worker instead of computed.",
+            flights.pulls,
+        ),
+        (
+            "p2pdyn_router_prefill_fallbacks_total",
+            "counter",
+            "Prompts that a prefill worker was to compute and did not, or could not hold.",
+            flights.prefill_fallbacks,
+        ),
         ("p2pdyn_kv_index_blocks", "gauge", "Blocks in the KV index.", len(feed.index)),
     ]
     rows: list[Metric] = [(name, kind, text, [({}, float(value))]) for name, kind, text, value in plain]
+    rows.append(_prefill_metric(flights))
     up = [({"worker": str(worker)}, float(state)) for worker, state in links.items()]
     rows.append(("p2pdyn_frontend_worker_link_up", "gauge", "1 while requests can be sent to the worker.", up))
     waiting = [({"model": name}, float(count)) for name, count in routes.queued().items()]
     rows.append(("p2pdyn_router_queued_requests", "gauge", "Requests that wait as all workers are saturated.", waiting))
     return rows + _worker_metrics(loads) + _stream_metrics(feed)
+
+
+def _prefill_metric(flights: Flights) -> Metric:
+    text = "Prompts for decode workers, by where they were to be computed: by a prefill worker, or there."
+    counts = {"remote": flights.prefills_remote, "local": flights.prefills_local}
+    return ("p2pdyn_router_prefills_total", "counter", text, [({"where": k}, float(v)) for k, v in counts.items()])
 
 
 def _worker_metrics(loads: Mapping[Key, Load]) -> list[Metric]:

@@ -13,9 +13,11 @@ from p2pdyn.core.types import LOADING, READY, NodeId, PeerInfo, ServedModel
 IDS = [NodeId(letter * 16) for letter in "abcdefgh"]
 
 
-def peer(fingerprint: str = "f1", state: str = READY, name: str = "m") -> PeerInfo:
-    served = ServedModel(name, "card", fingerprint, 16, 1024)
-    return PeerInfo("n", "0", "aggregated", "sim", state=state, models=(served,), requests_port=1, events_port=2)
+def peer(
+    fingerprint: str = "f1", state: str = READY, name: str = "m", role: str = "aggregated", moves_kv: str = "ours"
+) -> PeerInfo:
+    served = ServedModel(name, "card", fingerprint, 16, 1024, moves_kv=moves_kv)
+    return PeerInfo("n", "0", role, "sim", state=state, models=(served,), requests_port=1, events_port=2)
 
 
 def test_first_ready_worker_sets_the_fingerprint() -> None:
@@ -72,3 +74,37 @@ def test_a_model_is_known_from_when_its_last_worker_left_not_from_the_last_chang
     assert list(catalog.models) == ["m"]
     catalog.expire(5601.0)
     assert catalog.models == {}
+
+
+@pytest.mark.parametrize(
+    ("workers", "ready", "words"),
+    [
+        ([("aggregated", "ours")], 1, ""),
+        ([("prefill", "ours"), ("decode", "ours")], 1, ""),
+        ([("prefill", "ours"), ("decode", "ours"), ("aggregated", "")], 2, ""),
+        ([("decode", "ours"), ("aggregated", "ours")], 2, ""),
+        ([("prefill", "ours"), ("prefill", "ours")], 0, "prefill workers alone, which answer nothing"),
+        ([("prefill", "ours"), ("aggregated", "ours")], 1, "nobody that they could compute for"),
+        ([("decode", "ours"), ("decode", "ours")], 2, "decode workers alone, which compute each prompt themselves"),
+        ([("prefill", "ours"), ("decode", "nixl")], 1, "no prefill and decode worker that move KV blocks alike"),
+        ([("prefill", ""), ("decode", "")], 1, "no prefill and decode worker that move KV blocks alike"),
+    ],
+)
+def test_what_the_workers_roles_lack_is_told(workers: list[tuple[str, str]], ready: int, words: str) -> None:
+    catalog = Catalog(600.0)
+    infos = [peer(role=role, moves_kv=moves_kv) for role, moves_kv in workers]
+    catalog.refresh(zip(IDS, infos, strict=False), 0.0)
+    model = catalog.models["m"]
+    assert model.ready == ready
+    assert words in model.concern()
+    assert bool(words) == bool(model.concern())
+    assert not words or "'m'" in model.concern()
+
+
+def test_a_worker_may_come_back_with_another_role() -> None:
+    catalog = Catalog(600.0)
+    for role, ready in (("prefill", 0), ("decode", 1), ("aggregated", 1)):
+        catalog.refresh([(IDS[0], peer(role=role))], 0.0)
+        assert (catalog.models["m"].roles, catalog.models["m"].ready) == ({IDS[0]: role}, ready)
+    catalog.refresh([], 1.0)
+    assert (catalog.models["m"].roles, catalog.models["m"].ready, catalog.models["m"].concern()) == ({}, 0, "")

@@ -79,7 +79,9 @@ infos = st.builds(
     state=_word,
     detail=st.text(max_size=40),
     progress=st.floats(0, 1),
-    models=st.lists(st.builds(ServedModel, _word, _word, _word, _u32, _u32), max_size=2).map(tuple),
+    models=st.lists(
+        st.builds(ServedModel, _word, _word, _word, _u32, _u32, st.integers(1, 256), st.booleans(), _word), max_size=2
+    ).map(tuple),
     requests_port=_u16,
     events_port=_u16,
     http=_word,

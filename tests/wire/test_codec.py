@@ -276,6 +276,15 @@ def test_a_long_detail_is_shortened_and_too_many_models_are_refused() -> None:
         encode_info(PeerInfo("n", "1", models=(served,) * 9))
 
 
+def test_a_served_model_of_before_it_said_what_moves_kv() -> None:
+    row = ["m", "c", "f", 16, 1024, 1, True]
+    served = strategies.ServedModel("m", "c", "f", 16, 1024, 1, True)
+    assert decode_info(msgpack.packb({"models": [row]})).models == (served,)
+    assert msgpack.unpackb(encode_info(PeerInfo("", "", models=(served,))))["models"] == [row]
+    moves = replace(served, moves_kv="nixl")
+    assert msgpack.unpackb(encode_info(PeerInfo("", "", models=(moves,))))["models"] == [[*row, "nixl"]]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -285,6 +294,8 @@ def test_a_long_detail_is_shortened_and_too_many_models_are_refused() -> None:
         {1: "n"},
         {"progress": 1.5},
         {"models": [["m", "c", "f", 16]]},
+        {"models": [["m", "c", "f", 16, 1024, 1, False, 5]]},
+        {"models": [["m", "c", "f", 16, 1024, 1, False, "", ""]]},
         {"requests_port": 65536},
         ["name"],
     ],
