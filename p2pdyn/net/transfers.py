@@ -141,9 +141,11 @@ class Transfers:
     # Borrowing.
 
     def begin(self, key: int, source: NodeId, epoch: int, lease: int) -> bool:
-        """A sequence comes whose first blocks ``source`` has. False: it cannot be reached, compute them."""
+        """A sequence comes whose first blocks ``source`` has. False: compute them, it cannot be reached, or not yet and
+        it has computed nothing for this sequence (``lease`` 0): the next one will find it met."""
         now = self._loop.time()
-        if self._source(source, epoch, now) is None:
+        known = self._source(source, epoch, now)
+        if known is None or not (lease or known.met):
             return False
         self._carry_out(self.borrower.begin(key, source, epoch, lease, now))
         return True

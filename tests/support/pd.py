@@ -7,18 +7,19 @@ import json
 import random
 import string
 import sys
+import threading
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-
-from support import held_node
-from support.nodes import Cluster, NodeProcess, wait_for
 
 from p2pdyn.core.types import Address
 from p2pdyn.net.admin import admin_call
 from p2pdyn.net.curve import Security
 from p2pdyn.net.sockets import Sockets
+from support import held_node
+from support.nodes import Cluster, NodeProcess, wait_for
 
 GIVEN_BACK_S = 5.0
 """Longest until no block is lent, no lease stands and no read runs any more."""
@@ -52,9 +53,17 @@ class PdCluster:
         self.frontend = cluster.frontend("f")
         self.workers: list[NodeProcess] = []
 
-    def start(self, name: str, role: str, *, hold: Path | None = None, args: Sequence[str] = ()) -> NodeProcess:
+    def start(
+        self,
+        name: str,
+        role: str,
+        *,
+        hold: Path | None = None,
+        args: Sequence[str] = (),
+        program: Sequence[str] | None = None,
+    ) -> NodeProcess:
         """A worker that is being started; ``hold``: its reads wait there (:mod:`support.held_node`)."""
-        program: tuple[str, ...] = (sys.executable, "-m", "p2pdyn")
+        program = program or (sys.executable, "-m", "p2pdyn")
         if hold is not None:
             hold.mkdir(exist_ok=True)
             program = (sys.executable, held_node.__file__, str(hold))
@@ -118,19 +127,48 @@ class PdCluster:
         wait_for(lambda: not left(), GIVEN_BACK_S, lambda: f"still under way: {left()}")
 
 
-def reference(folder: Path, engine: str, prompts: Sequence[str], tokens: int = 24) -> list[str]:
+class Asked(threading.Thread):
+    """A completion under way."""
+
+    def __init__(self, pd: PdCluster, text: str, **more: Any) -> None:
+        super().__init__()
+        self.text = ""
+        self.error: Exception | None = None
+        self._ask = lambda: pd.complete(text, **more)[0]
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.text = self._ask()
+        except Exception as error:
+            self.error = error
+
+    def answer(self) -> str:
+        self.join(45)
+        assert not self.is_alive(), "no answer"
+        if self.error is not None:
+            raise self.error
+        return self.text
+
+
+def reference(
+    folder: Path, engine: str, prompts: Sequence[str], tokens: int = 24, args: Sequence[str] = ()
+) -> list[str]:
     """What one aggregated worker answers."""
     folder.mkdir()
     with Cluster(folder) as nodes:
-        node = nodes.start("one", "--http", "127.0.0.1:0", *ENGINES[engine]["prefill"], engine=engine).wait_ready(60)
+        args = args or ENGINES[engine]["prefill"]
+        node = nodes.start("one", "--http", "127.0.0.1:0", *args, engine=engine).wait_ready(60)
         return [complete(node, MODELS[engine], text, tokens)[0] for text in prompts]
 
 
-def complete(node: NodeProcess, model: str, text: str, tokens: int, **more: Any) -> tuple[str, dict[str, Any]]:
+def complete(
+    node: NodeProcess, model: str, text: str, tokens: int, headers: Mapping[str, str] = MappingProxyType({})
+) -> tuple[str, dict[str, Any]]:
     """The greedy answer, and the body."""
-    body = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0, **more}
+    body = {"model": model, "prompt": text, "max_tokens": tokens, "temperature": 0}
     request = urllib.request.Request(
-        f"{node.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{node.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
     )
     with urllib.request.urlopen(request, timeout=40) as answer:
         found = json.load(answer)
