@@ -124,7 +124,6 @@ class Node:
         self.mesh.on_admin("reach", reach)
         self.mesh.on_admin("explain", self._explain)
         self.mesh.on_admin("kv", self._kv)
-        self.mesh.on_admin("transfers", self._report_transfers)
         if config.http is not None:
             await self._start_http(sockets)
         if reload is not None:
@@ -377,14 +376,6 @@ class Node:
         held: dict[str, Any] = self.dispatcher.feed.dump(worker, rank)
         return held
 
-    def _report_transfers(self, args: dict[str, Any]) -> dict[str, Any]:
-        """This worker's leases, pulls and reads, and its load."""
-        if self.worker is None or self.worker.transfers is None:
-            raise LookupError("this peer moves no KV blocks: it has no engine whose KV memory it can reach")
-        load = self.worker.load
-        own = {"active_requests": load.active_requests, "queued": load.queued, "kv_used": load.kv_used}
-        return {**own, **self.worker.transfers.report()}
-
     def report(self) -> dict[str, Any]:
         """What `p2pdyn peers --json` prints."""
         loads: dict[NodeId, Load] = {}
@@ -397,7 +388,8 @@ class Node:
             loads[self.data.node] = self.worker.load
             if self.worker.kv is not None:
                 streams[self.data.node] = self.worker.kv.report()
-        return cluster_report(self.config.cluster, self.mesh, loads, streams, incompatible)
+        transfers = None if self.worker is None or self.worker.transfers is None else self.worker.transfers.report()
+        return cluster_report(self.config.cluster, self.mesh, loads, streams, incompatible, transfers)
 
     def _changed(self, peer: Peer, was: str | None) -> None:
         if peer.id == self.data.node:

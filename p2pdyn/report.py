@@ -20,9 +20,10 @@ def cluster_report(
     loads: Mapping[NodeId, Load],
     streams: Mapping[NodeId, dict[str, Any]],
     incompatible: Mapping[NodeId, str],
+    transfers: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """``loads`` and ``streams`` hold what is known of workers' loads and KV caches, one's own included; the others'
-    are null, and NEW."""
+    are null, and NEW. ``transfers`` are this peer's own, null where it moves no KV blocks."""
     peers = [
         _peer(peer, loads.get(peer.id), streams.get(peer.id), incompatible.get(peer.id)) for peer in mesh.peers.values()
     ]
@@ -33,6 +34,7 @@ def cluster_report(
         "peers": peers,
         "refused": mesh.refused(),
         "alarms": mesh.alarms(),
+        "transfers": transfers,
     }
 
 

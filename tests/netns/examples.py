@@ -26,8 +26,9 @@ def frontend(host: Host, example: str) -> Node:
     return host.node("--config", f"{host.folder}/{example}/frontend.toml")
 
 
-def worker(host: Host, example: str) -> Node:
-    return host.node("--config", f"{host.folder}/{example}/worker.toml", env=SIM)
+def worker(host: Host, example: str, file: str = "worker", arguments: str = "--speedup 0") -> Node:
+    env = {"P2PDYN_ENGINE": "sim", "P2PDYN_ENGINE_ARGS": arguments}
+    return host.node("--config", f"{host.folder}/{example}/{file}.toml", env=env)
 
 
 def three_hosts(lab: Lab) -> tuple[Host, Host, Host]:

@@ -26,7 +26,7 @@ def all_see_all(*nodes: Node) -> bool:
 ASK = """
 import sys, time, urllib.request
 
-body = b'{"model": "sim", "prompt": "Hello", "max_tokens": 4}'
+body = b'{"model": "sim", "prompt": "%s", "max_tokens": 4}' % sys.argv[2].encode()
 url, headers = "http://127.0.0.1:8000/v1/completions", {"content-type": "application/json"}
 deadline = time.monotonic() + float(sys.argv[1])
 while True:
@@ -41,9 +41,9 @@ print(time.monotonic(), answer.read().decode())
 """
 
 
-def ask(host: Host, patience: float = 0.0) -> tuple[float, dict[str, Any]]:
+def ask(host: Host, patience: float = 0.0, prompt: str = "Hello") -> tuple[float, dict[str, Any]]:
     """When a completion was first answered by the frontend on this host (monotonic clock), and the answer."""
-    when, answer = host.run(sys.executable, "-c", ASK, str(patience)).split(maxsplit=1)
+    when, answer = host.run(sys.executable, "-c", ASK, str(patience), prompt).split(maxsplit=1)
     return float(when), json.loads(answer)
 
 
@@ -107,6 +107,20 @@ def test_three_hosts_on_two_subnets_joined_by_seeds_alone(lab: Lab) -> None:
     wait_for(lambda: all_see_all(*nodes), JOIN_S, "three hosts see each other")
     assert answers(a)
     assert not any("mDNS" in node.stderr for node in nodes)
+
+
+def test_prefill_on_one_host_and_decode_on_another(lab: Lab) -> None:
+    a, b, c = hosts = three_hosts(lab)
+    install("prefill-decode", *hosts)
+    prefill = worker(b, "prefill-decode", "prefill", "--prefill-tps 20000 --itl-ms 1")
+    decode = worker(c, "prefill-decode", "decode", "--prefill-tps 500 --itl-ms 1")
+    nodes = [frontend(a, "prefill-decode"), prefill, decode]
+    for node in nodes:
+        node.wait_ready()
+    wait_for(lambda: all_see_all(*nodes), JOIN_S, "three hosts see each other")
+    wait_for(lambda: decode.report()["transfers"]["owners"].get(prefill.id), JOIN_S, "the workers have met")
+    assert ask(a, prompt="one two three four " * 80)[1]["p2pdyn"]["workers"] == [decode.id]
+    assert decode.report()["transfers"]["outcomes"]["filled"] == 1
 
 
 def test_a_peer_with_the_wrong_key_and_one_without_are_kept_out(lab: Lab) -> None:

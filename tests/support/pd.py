@@ -91,18 +91,20 @@ class PdCluster:
         return self
 
     def transfers(self, worker: NodeProcess) -> dict[str, Any]:
-        """What the worker says of its transfers."""
+        """What the worker says of its transfers, and its load."""
         assert self.cluster.key is not None
         security = Security.load(self.cluster.key)
 
         async def call() -> dict[str, Any]:
             sockets = Sockets(security)
             try:
-                return await admin_call(sockets, Address.parse(worker.mesh), "transfers", {}, 5)
+                return await admin_call(sockets, Address.parse(worker.mesh), "peers", {}, 5)
             finally:
                 sockets.close()
 
-        return asyncio.run(call())
+        report = asyncio.run(call())
+        own = next(peer for peer in report["peers"] if peer["id"] == report["self"])
+        return {**own["load"], **report["transfers"]}
 
     def complete(self, text: str, tokens: int = 24, **more: Any) -> tuple[str, dict[str, Any]]:
         """The greedy answer, and the body."""
