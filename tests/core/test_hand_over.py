@@ -71,9 +71,9 @@ def job(tokens: array[int] = PROMPT, resumable: bool = True, pin: str = "") -> J
     return Job(MODEL, tokens, SamplingParams(), resumable=resumable, pin=pin)
 
 
-def submit(flights: Flights, now: float = 0.0, **more: bool) -> tuple[Recorder, Dispatch]:
+def submit(flights: Flights, now: float = 0.0, resumable: bool = True) -> tuple[Recorder, Dispatch]:
     sink = Recorder()
-    _, (dispatch,) = flights.submit(job(**more), sink, now)
+    _, (dispatch,) = flights.submit(job(resumable=resumable), sink, now)
     assert isinstance(dispatch, Dispatch)
     return sink, dispatch
 

@@ -72,7 +72,7 @@ def test_a_busy_holder_lends_to_an_idle_worker() -> None:
     decision = fleet.ask()
     assert decision.target is fleet.targets[1]
     assert decision.pull is not None
-    assert decision.pull == (fleet.targets[0], 90, pytest.approx(OVERHEAD_S + 0.09), pytest.approx(1.44))
+    assert tuple(decision.pull) == (fleet.targets[0], 90, pytest.approx(OVERHEAD_S + 0.09), pytest.approx(1.44))
     assert (decision.matched, decision.uncached) == (0, 160)
 
 
@@ -81,7 +81,8 @@ def test_what_the_reader_has_is_not_read() -> None:
     fleet.holds(0, 90)
     fleet.holds(1, 40)
     decision = fleet.ask(pin=fleet.targets[1].worker)
-    assert decision.pull == (fleet.targets[0], 90, pytest.approx(OVERHEAD_S + 0.05), pytest.approx(0.8))
+    assert decision.pull is not None
+    assert tuple(decision.pull) == (fleet.targets[0], 90, pytest.approx(OVERHEAD_S + 0.05), pytest.approx(0.8))
     assert (decision.matched, decision.uncached) == (40, 160)
     told = explanation(fleet.router, "m", decision)
     assert told["pull"] == {
