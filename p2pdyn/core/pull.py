@@ -107,6 +107,8 @@ class Pull:
     until: float = inf
     """When the state ends by itself."""
     claimed_at: float = 0.0
+    answered: bool = False
+    """The Claim is."""
     renew_at: float = inf
     renewing: deque[float] = field(default_factory=deque)
     """When the Renews were sent that have not been answered."""
@@ -220,6 +222,7 @@ class Borrower:
         pull = self._by_ticket.get(message.ticket)
         if pull is None or pull.source != source or pull.state not in (CLAIMING, UNANSWERED):
             return actions
+        pull.answered = True
         if not pull.lease and message.lease and message.lease not in self._by_lease:
             pull.lease = message.lease
             pull.renew_at = now + RENEW_S
@@ -320,7 +323,8 @@ class Borrower:
         assert note is not None
         count = len(message.blocks) // 4
         if (
-            message.lease != pull.lease
+            not pull.lease
+            or message.lease != pull.lease
             or len(message.blocks) % 4
             or len(message.generations) != len(message.blocks)
             or count > len(note.blocks)
@@ -350,7 +354,7 @@ class Borrower:
             actions.append(Settle(pull.key, 0, over=not reading))
         if reading:
             self._enter(pull, DRAINING, inf)
-        elif pull.state == CLAIMING and not pull.lease and pull.reachable:
+        elif pull.state == CLAIMING and not pull.lease and not pull.answered and pull.reachable:
             self._enter(pull, UNANSWERED, pull.claimed_at + LEASE_S)
         else:
             actions += self._end(pull)
