@@ -96,27 +96,38 @@ def pull_to(view: View, position: int) -> Pull | None:
     target, matched = view.targets[position], view.matched[position]
     if not target.block_pull_s or view.known * view.block_size < MIN_HIT_TOKENS:
         return None
-    if view.lender is None:
-        view.lender = _lender(view)
-    if view.lender < 0:
+    lender = _lender(view)
+    if lender < 0 or not _may_read(target, view.targets[lender]):
         return None
-    source, blocks = view.targets[view.lender], view.have[view.lender]
-    if blocks <= matched or source.worker == target.worker or source.moves_kv != target.moves_kv:
-        return None
-    pull_s = OVERHEAD_S + (blocks - matched) * target.block_pull_s
-    compute_s = (blocks - matched) * view.block_size / target.tps
-    return Pull(source, blocks, pull_s, compute_s) if pull_s < compute_s else None
+    missing = view.have[lender] - matched
+    pull_s, compute_s = OVERHEAD_S + missing * target.block_pull_s, missing * view.block_size / target.tps
+    return Pull(view.targets[lender], view.have[lender], pull_s, compute_s) if 0.0 < pull_s < compute_s else None
+
+
+def _may_read(target: Target, source: Target) -> bool:
+    return source.worker != target.worker and source.moves_kv == target.moves_kv
 
 
 def _lender(view: View) -> int:
-    """Who holds the most of what others can read, the least busy of these. Predicted blocks are not there yet."""
-    best, most = -1, (0, 0.0, 0)
-    for position, (target, have) in enumerate(zip(view.targets, view.have, strict=True)):
-        if have and target.load.block_bytes and target.worker not in view.exclude:
-            offer = (have, -view.queues[position], -target.requests)
-            if best < 0 or offer > most:
-                best, most = position, offer
-    return best
+    """Position of who holds the most of what others can read, the least busy of these; -1: nobody. Predicted blocks are
+    not there yet."""
+    if view.lender is None:
+        targets, most = view.targets, max(view.have)
+        holders = [position for position, have in enumerate(view.have) if have == most]
+        if not any(_lends(view, position) for position in holders):
+            holders = [position for position, have in enumerate(view.have) if have]
+        offers = [
+            (view.have[position], -view.queues[position], -targets[position].requests, position)
+            for position in holders
+            if _lends(view, position)
+        ]
+        view.lender = max(offers)[3] if most and offers else -1
+    return view.lender
+
+
+def _lends(view: View, position: int) -> bool:
+    target = view.targets[position]
+    return target.load.block_bytes > 0 and target.worker not in view.exclude
 
 
 Scorer = Callable[[View], list[float]]
@@ -126,10 +137,11 @@ def kv(view: View) -> list[float]:
     """Seconds."""
     tokens, size, blocks, output = view.tokens, view.block_size, view.blocks, view.output
     now, matches, credits = view.now, view.matched, view.credit
-    if view.known * size < MIN_HIT_TOKENS:
+    known = view.known if view.known * size >= MIN_HIT_TOKENS else 0
+    if not known:
         matches, credits, copies = [0] * len(matches), [0.0] * len(matches), {0: 0.0}
     else:
-        copies = _copies(matches, view.shared) if min(matches) < view.known else {view.known: 0.0}
+        copies = _copies(matches, view.shared) if min(matches) < known else {known: 0.0}
     costs: list[float] = []
     for target, queue, matched, credit in zip(view.targets, view.queues, matches, credits, strict=True):
         compute = (left if (left := tokens - credit * size) > 0.0 else 0.0) + copies[matched] * size
@@ -138,9 +150,11 @@ def kv(view: View) -> list[float]:
             cost += DECODE_WEIGHT * target.itl_per_block_s * (target.decode_blocks + blocks) * output
         if target.work:
             cost += RECENT_WEIGHT * target.recent_s(now)
-        if target.block_pull_s and matched < view.known and (pull := pull_to(view, len(costs))) is not None:
-            # A copy weighs what making it costs.
-            cost -= (pull.compute_s - pull.pull_s) * (1.0 + copies[matched] / (view.known - matched))
+        if target.block_pull_s and matched < known:
+            lender = _lender(view)
+            spared = (view.have[lender] - matched) * (size / target.tps - target.block_pull_s) - OVERHEAD_S
+            if spared > 0.0 and lender >= 0 and _may_read(target, view.targets[lender]):
+                cost -= spared * (1.0 + copies[matched] / (known - matched))  # a copy weighs what making it costs
         costs.append(cost)
     return costs
 
