@@ -28,9 +28,12 @@ class Transfers(RuleBasedStateMachine):
         super().__init__()
         self.world = World(0, 0)
 
-    @initialize(seed=st.integers(0, 2**32))
-    def start(self, seed: int) -> None:
+    @initialize(
+        seed=st.integers(0, 2**32), pace=st.sampled_from((0.02, 0.3, 1.0)), delay=st.sampled_from((0.0, 0.2, 0.9))
+    )
+    def start(self, seed: int, pace: float, delay: float) -> None:
         self.world = World(seed, 3)
+        self.world.pace, self.world.delay = pace, delay
 
     def process(self, number: int) -> Process:
         return self.world.processes[number]
@@ -51,20 +54,47 @@ class Transfers(RuleBasedStateMachine):
         self.world.prefill(self.process(owner), self.process(borrower), prompt_keys(prompt, depth))
         self.pass_time(STEP_S)
 
-    @rule(owner=PROCESSES, borrower=PROCESSES, prompt=PROMPTS, depth=DEPTHS)
-    def pull_prefix(self, owner: int, borrower: int, prompt: int, depth: int) -> None:
-        source = self.process(owner)
-        self.process(borrower).post(
-            lambda: self.process(borrower).begin(source.name, source.epoch, 0, prompt_keys(prompt, depth))
-        )
+    @rule(owner=PROCESSES, borrower=PROCESSES, prompt=PROMPTS, depth=DEPTHS, warm=st.booleans(), stale=st.booleans())
+    def pull_prefix(self, owner: int, borrower: int, prompt: int, depth: int, warm: bool, stale: bool) -> None:
+        """``warm``: the owner has it; ``stale``: the router speaks of an earlier life."""
+        source, process, keys = self.process(owner), self.process(borrower), prompt_keys(prompt, depth)
+        if warm:
+            source.engine.serve(keys)
+        epoch = source.epoch - stale
+        process.post(lambda: process.begin(source.name, epoch, 0, keys))
         self.pass_time(STEP_S)
 
     @precondition(lambda self: self.world.handed)
-    @rule(borrower=PROCESSES, latest=st.booleans())
-    def migrate(self, borrower: int, latest: bool) -> None:
+    @rule(borrower=PROCESSES, data=st.data())
+    def migrate(self, borrower: int, data: st.DataObject) -> None:
         """Somebody else gets a lease that was given out before."""
-        owner, epoch, lease, keys = self.world.handed[-1 if latest else 0]
+        owner, epoch, lease, keys = data.draw(st.sampled_from(self.world.handed))
         self.process(borrower).post(lambda: self.process(borrower).begin(owner.name, epoch, lease, keys))
+
+    @rule(
+        owner=PROCESSES, borrower=PROCESSES, prompt=PROMPTS, before=st.sampled_from((0.05, 0.3, 0.7, 1.2)),
+        seconds=st.sampled_from((0.8, 1.9, 2.3, 3.5, 6.0)), owners=st.booleans(),
+    )  # fmt: skip
+    def pause_amid(self, owner: int, borrower: int, prompt: int, before: float, seconds: float, owners: bool) -> None:
+        """One of the two stands still somewhere in a transfer, and its engine's other prompts do not."""
+        self.prefill(owner, borrower, prompt, DEPTH)
+        self.pass_time(before)
+        self.freeze(owner if owners else borrower, seconds)
+        self.process(owner).engine.churn(0.9)
+
+    @rule(
+        owner=PROCESSES,
+        borrower=PROCESSES,
+        prompt=PROMPTS,
+        before=st.sampled_from((0.05, 0.3, 0.7)),
+        keep=st.booleans(),
+    )
+    def restart_amid(self, owner: int, borrower: int, prompt: int, before: float, keep: bool) -> None:
+        """An owner is started again and lends the same blocks under the same lease, to who has not heard of it."""
+        self.prefill(owner, borrower, prompt, DEPTH)
+        self.pass_time(before)
+        self.world.restart(self.process(owner), False, keep)
+        self.prefill(owner, borrower, prompt + 1, DEPTH)
 
     @rule(number=PROCESSES, data=st.data(), cannot=st.booleans())
     def give_up(self, number: int, data: st.DataObject, cannot: bool) -> None:
@@ -124,11 +154,13 @@ class Transfers(RuleBasedStateMachine):
         process.frozen = True
         self.pass_time(seconds)
         process.frozen = False
+        self.awake(number)
 
     @rule(number=PROCESSES, frozen=st.booleans(), stalled=st.booleans())
     def hang(self, number: int, frozen: bool, stalled: bool) -> None:
         """A process, or its engine, stands still until another such."""
         self.process(number).frozen, self.process(number).stalled = frozen, stalled
+        self.awake(number)
 
     @rule(
         number=PROCESSES,

@@ -122,6 +122,12 @@ class Engine:
 
     # What it does
 
+    def serve(self, keys: Sequence[bytes]) -> None:
+        """Somebody's prompt, computed and gone."""
+        blocks = None if self.dead else self.prefill(keys)
+        if blocks is not None:
+            self.let_go(blocks)
+
     def hand_over(self, key: int, keys: tuple[bytes, ...]) -> None:
         blocks = self.prefill(keys)
         if blocks is not None:
