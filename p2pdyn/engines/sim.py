@@ -242,6 +242,13 @@ class SimEngine:
         self.lending.close()
         self._instant, self._due, self._backlog = [], None, 0
 
+    def check(self) -> None:
+        """Raise AssertionError if the bookkeeping of blocks is broken."""
+        running = chain(self._decoding.values(), self._prefilling.values())
+        self.cache.check([*(run.blocks for run in running), *self.lending.blocks()])
+        waiting = chain(self._waiting.values(), self._prefilling.values())
+        assert self._backlog == sum(self._rest(run) for run in waiting), "the backlog is not what waits"
+
     # ---- planning
 
     def _plan(self, start: float, now: float) -> None:

@@ -8,17 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-import uvloop
-from support.engines import Result, collect, generate, sequence
+from support.engines import Result, generate, sequence
+from support.runners import Driven, run
 
-from p2pdyn.engines.base import EngineError, EngineInfo, EngineOptions, Step
+from p2pdyn.engines.base import EngineError, EngineOptions
 from p2pdyn.engines.child import ChildRunner
 from p2pdyn.engines.frames import (
     LOAD,
@@ -30,53 +30,11 @@ from p2pdyn.engines.frames import (
     pack_sequence,
     unpack_sequence,
 )
-from p2pdyn.engines.runner import InProcessRunner, Runner, make_runner
+from p2pdyn.engines.runner import InProcessRunner, make_runner
 from p2pdyn.engines.sim import create
 
-T = TypeVar("T")
 SIM, FAULTY = "p2pdyn.engines.sim", "support.faulty_engine"
 TESTS = Path(__file__).parents[1]
-
-
-def run(work: Awaitable[T]) -> T:
-    async def bounded() -> T:
-        async with asyncio.timeout(30):
-            return await work
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(bounded())
-
-
-class Driven:
-    """A runner with what it has reported."""
-
-    def __init__(self, kind: type[ChildRunner] | type[InProcessRunner], module: str, *args: str, folder: Path) -> None:
-        self.results: dict[int, Result] = {}
-        self.deaths: list[str] = []
-        self.progress: list[float] = []
-        self.changed = asyncio.Event()
-        options = EngineOptions(args=args, data_dir=folder)
-        self.runner: Runner = kind("tested", module, options, self._on_step, self._on_death)
-
-    def _on_step(self, step: Step) -> None:
-        collect(self.results, step)
-        self.changed.set()
-
-    def _on_death(self, reason: str) -> None:
-        self.deaths.append(reason)
-        self.changed.set()
-
-    async def start(self) -> EngineInfo:
-        return await self.runner.start(lambda fraction, what: self.progress.append(fraction))
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            self.changed.clear()
-            await self.changed.wait()
-
-    async def finished(self, *keys: int) -> None:
-        await self.until(lambda: all(key in self.results and self.results[key].finish for key in keys))
-
 
 Drive = Callable[..., Any]
 
@@ -90,7 +48,7 @@ def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Drive:
     async def started(
         kind: type[ChildRunner] | type[InProcessRunner], module: str, *args: str
     ) -> AsyncIterator[Driven]:
-        driven = Driven(kind, module, *args, folder=tmp_path)
+        driven = Driven(kind, module, EngineOptions(args=args, data_dir=tmp_path))
         try:
             await driven.start()
             yield driven
@@ -395,7 +353,7 @@ def test_close_ends_an_engine_that_hangs_and_ignores_sigterm(
 
 def test_cancelling_the_start_leaves_no_process(drive: Drive, tmp_path: Path) -> None:
     async def check() -> None:
-        driven = Driven(ChildRunner, FAULTY, "load-long", folder=tmp_path)
+        driven = Driven(ChildRunner, FAULTY, EngineOptions(args=("load-long",), data_dir=tmp_path))
         task = asyncio.create_task(driven.start())
         await wait_until((tmp_path / "loading").exists)
         task.cancel()

@@ -170,6 +170,10 @@ class BuiltinEngine:
             self._threads.close()
             self._threads = None
 
+    def check(self) -> None:
+        """Raise AssertionError if the bookkeeping of blocks is broken."""
+        self.scheduler.check()
+
     # ---- loading
 
     def _read(self, progress: Progress) -> tuple[LlamaConfig, ModelCard, Mapping[str, F32], str]:
