@@ -43,11 +43,12 @@ class Vllms:
     def ready(self) -> None:
         for worker in self.workers:
             worker.wait_ready(START_S)
-        with self.client() as client:
-            wait_for(lambda: self._known(client) == len(self.workers), 15, "all workers, seen by the endpoint")
+        wait_for(lambda: self._ready() == len(self.workers), 15, "all workers, seen by the endpoint")
 
-    def _known(self, client: openai.OpenAI) -> int:
-        return sum(model.model_extra["ready_workers"] for model in client.models.list().data)  # type: ignore[index]
+    def _ready(self) -> int:
+        """By the endpoint's view."""
+        peers = self.frontend.peers(*self.cluster.key_args())["peers"]
+        return sum(peer["state"] == "ready" and peer["role"] != "frontend" for peer in peers)
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.frontend.url}/v1", api_key="none", timeout=60, max_retries=0)

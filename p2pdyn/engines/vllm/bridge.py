@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,8 @@ class Bridge:
         self._wake = wake
         self._news = news
         self._jobs: dict[int, tuple[Job, asyncio.Task[None]]] = {}
+        self._again: dict[int, Job] = {}
+        """To be computed here once the prefix cache is empty."""
         self._flushing = False
         self._telling: asyncio.TimerHandle | None = None
         self._seen = 0.0
@@ -133,6 +136,7 @@ class Bridge:
             del self._jobs[job.key]
 
     def _cancel(self, key: int) -> None:
+        self._again.pop(key, None)
         known = self._jobs.pop(key, None)
         if known is not None:
             known[1].cancel()
@@ -142,10 +146,11 @@ class Bridge:
 
         try:
             await self._open.wait()
-            async for result in self.llm.generate(job.prompt, job.params, str(job.key), **job.options):
-                if job.silent and job.remote and self._stood_still():
-                    return  # _recover has it now
-                self._take(job, result)
+            async with aclosing(self.llm.generate(job.prompt, job.params, str(job.key), **job.options)) as results:
+                async for result in results:
+                    if job.silent and job.remote and self._stood_still():
+                        return  # _recover has it now
+                    self._take(job, result)
         except EngineDeadError:
             self.die("")
         except Exception as error:
@@ -207,16 +212,16 @@ class Bridge:
         gap, self._seen = now - self._seen, now
         if gap < JUMP_S:
             return False
-        jobs = [job for job, _ in self._jobs.values() if job.remote and job.silent]
-        if jobs:
-            log.warning("this process stood still for %.0f s: %d prompts are computed here instead", gap, len(jobs))
+        pulls = [self._jobs.pop(job.key) for job, _ in list(self._jobs.values()) if job.remote and job.silent]
+        if pulls:
+            log.warning("this process stood still for %.0f s: %d prompts are computed here instead", gap, len(pulls))
             self._open.clear()
-            self._keep(self._recover(jobs))
-        return bool(jobs)
+            self._again.update((job.key, job) for job, _ in pulls)
+            self._keep(self._recover([task for _, task in pulls]))
+        return bool(pulls)
 
-    async def _recover(self, jobs: list[Job]) -> None:
-        """Drop what ``jobs`` were pulling and all that is cached, then compute them here."""
-        pulls = [self._jobs.pop(job.key)[1] for job in jobs if job.key in self._jobs]
+    async def _recover(self, pulls: list[asyncio.Task[None]]) -> None:
+        """Drop what was being pulled and all that is cached, then compute those prompts here."""
         for pull in pulls:
             pull.cancel()
         await asyncio.wait(pulls, timeout=CALL_S)
@@ -227,7 +232,8 @@ class Bridge:
                 return
             await asyncio.sleep(0.1)
         self._open.set()
-        for job in jobs:
+        again, self._again = self._again, {}
+        for job in again.values():
             job.remote = False
             job.params.extra_args = None
             self._begin(job)
