@@ -7,6 +7,7 @@ of one host, and looking at one over a network goes on for as long as bytes come
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -29,6 +30,8 @@ from p2pdyn.wire.transfer import Description
 
 START_S = 30.0
 """For NIXL to be loaded and to come up: 0.2 to 1 s on an idle host."""
+SHORT = 2 * 2**20
+"""Bytes: half a millisecond of copying."""
 FIRST = 64
 """Bytes of the read that sets the connection up."""
 
@@ -59,6 +62,10 @@ class NixlMover:
         self.errors = 0
         self._up, self._ended = asyncio.Event(), asyncio.Event()
         self._closed = False
+        self._read_in_turn = False
+        self._told: deque[Callable[[], object]] = deque()
+        """By the thread, for the loop."""
+        self._woken = False
         self._thread = NixlThread(
             *(peer, tuple(regions), tuple(devices)),
             on_up=partial(self._on_loop, self._up.set),
@@ -67,8 +74,17 @@ class NixlMover:
         self._thread.start()
 
     def _on_loop(self, callback: Callable[..., object], *args: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-            self._loop.call_soon_threadsafe(callback, *args)
+        """From any thread. One wake-up serves all that has been told until it is heard."""
+        self._told.append(partial(callback, *args))
+        if not self._woken:
+            self._woken = True
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+                self._loop.call_soon_threadsafe(self._hear)
+
+    def _hear(self) -> None:
+        self._woken = False  # before looking: what comes now wakes us again
+        for _ in range(len(self._told)):
+            self._loop.call_soon(self._told.popleft())
 
     @property
     def reads(self) -> int:
@@ -165,8 +181,20 @@ class NixlMover:
             self._loop.call_soon(over, trouble)
             return ticket
         job = self._jobs[ticket] = Job(self._slices(known, remote, local), partial(self._on_loop, over))
-        self._thread.order(lambda reads: reads.add(peer, job))
+        if not self._read_now(peer, known, job, len(remote)):
+            self._thread.order(lambda reads: reads.add(peer, job))
         return ticket
+
+    def _read_now(self, peer: str, known: Description, job: Job, blocks: int) -> bool:
+        """A short read on this host is over sooner than the thread has woken: at most one in a turn of the loop."""
+        if self._read_in_turn or known.machine != machine() or blocks * sum(known.strides) > SHORT:
+            return False
+        self._read_in_turn = True
+        self._loop.call_soon(self._next_turn)
+        return self._thread.add_now(peer, job)
+
+    def _next_turn(self) -> None:
+        self._read_in_turn = False
 
     def _slices(self, known: Description, remote: Sequence[int], local: Sequence[int]) -> Iterator[Slice]:
         return cut(self._thread.bases, known.bases, known.strides, tuple(remote), tuple(local))

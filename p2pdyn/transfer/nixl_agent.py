@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,13 @@ def address_of(memory: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
+@cache
 def has_rdma() -> bool:
     """Has this host a device with which UCX reads remote memory without the other process's help?"""
     return any(Path("/sys/class/infiniband").glob("*"))
 
 
+@cache
 def machine() -> int:
     """Processes with the same number can read each other's memory, if the kernel lets them: same boot, same PIDs."""
     from hashlib import blake2b

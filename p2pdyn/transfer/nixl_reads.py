@@ -64,8 +64,7 @@ class Reads:
         self._agent = agent
         self._sources: dict[str, Source] = {}
 
-    @property
-    def flying(self) -> bool:
+    def busy(self) -> bool:
         """Is anything to be looked at?"""
         return any(source.flying or source.turns for source in self._sources.values())
 

@@ -10,7 +10,7 @@ from time import monotonic
 
 from p2pdyn.transfer.base import Region, TransferError
 from p2pdyn.transfer.nixl_agent import Agent
-from p2pdyn.transfer.nixl_reads import Reads, Slice
+from p2pdyn.transfer.nixl_reads import Job, Reads, Slice
 
 SAMPLE = 2**20
 """Bytes of the largest read that is no block of ours."""
@@ -46,6 +46,9 @@ class NixlThread(threading.Thread):
         self._on_up = on_up
         self._on_end = on_end
         self._orders: SimpleQueue[Order | None] = SimpleQueue()
+        self._reads: Reads | None = None
+        self._turn = threading.Lock()
+        """Held while the agent is used."""
         self._scratch = Region(memoryview(mmap.mmap(-1, SAMPLE)), SAMPLE)
         self._scratch_base = 0
 
@@ -61,10 +64,12 @@ class NixlThread(threading.Thread):
         self.up.set()
         self._on_up()
         if not self.trouble:
-            reads = Reads(agent)
+            self._reads = reads = Reads(agent)
             self._serve(reads)
-            agent.close()
-            reads.abandon("the mover is closed")
+            with self._turn:
+                self._reads = None
+                agent.close()
+                reads.abandon("the mover is closed")
         self._regions = ()
         self._on_end()
 
@@ -76,20 +81,40 @@ class NixlThread(threading.Thread):
 
     def _serve(self, reads: Reads) -> None:
         until = moved = 0.0
-        while not until or (reads.flying and monotonic() < until):
-            pause = min(LONGEST_S, max(SHORTEST_S, (monotonic() - moved) / 16)) if reads.flying else None
+        while not until or (reads.busy() and monotonic() < until):
+            pause = min(LONGEST_S, max(SHORTEST_S, (monotonic() - moved) / 16)) if reads.busy() else None
             while True:
                 try:
-                    order = self._orders.get(timeout=0 if pause == 0 else pause)
+                    order = self._orders.get(timeout=pause)
                 except Empty:
                     break
                 if order is None:
                     until = monotonic() + CLOSE_S
                 else:
-                    order(reads)
+                    with self._turn:
+                        order(reads)
                 moved, pause = monotonic(), 0.0
-            while reads.step() and self._orders.empty():
-                moved = monotonic()
+            with self._turn:
+                while reads.step() and self._orders.empty():
+                    moved = monotonic()
+
+    def add_now(self, peer: str, job: Job) -> bool:
+        """Called from another thread: carry out a short read there if this one sleeps, and spare both a change of
+        threads. False: it does not, nothing was done."""
+        if not self._turn.acquire(blocking=False):
+            return False
+        try:
+            reads = self._reads
+            if reads is None or reads.busy() or not self._orders.empty():
+                return False
+            reads.add(peer, job)
+            while reads.step():
+                pass
+            if reads.busy():  # it goes over a network
+                self._orders.put(lambda _: None)
+            return True
+        finally:
+            self._turn.release()
 
     def sample(self, base: int, size: int) -> Iterator[Slice]:
         """``size`` bytes at a peer's ``base``, to be read and thrown away."""

@@ -29,7 +29,7 @@ from support.kv_owner import allocate, content
 
 TESTS = Path(__file__).parents[1]
 BLOCKS, STRIDE = 256, 65536
-LARGE = {"blocks": 128, "stride": 2**20}
+LARGE = {"blocks": 64, "stride": 2**20}
 """Long enough to be caught in the middle."""
 LOCAL = Address("127.0.0.1", 0)
 
