@@ -57,6 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--streams", type=int)
     parser.add_argument("--limit", type=float, help="seconds for each stage")
     parser.add_argument("--start-limit", type=float, help="seconds until a stage's servers must be up")
+    parser.add_argument("--serial", action="store_true", help="start servers one after the other")
     parser.add_argument("--scratch", type=Path, help="where models and logs are kept; a temporary folder otherwise")
     return parser.parse_args(argv)
 
@@ -87,10 +88,10 @@ def run(name: str, made: Plan, given: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     logs = made.folder / f"logs-{name}-{int(began)}"
     signal.signal(signal.SIGALRM, _late)
-    signal.setitimer(signal.ITIMER_REAL, given.limit or LIMITS_S[name])
+    signal.setitimer(signal.ITIMER_REAL, given.limit or LIMITS_S[name] * (2 if made.cpu else 1))
     line: dict[str, Any] = {"stage": name, "shape": made.shape}
     try:
-        with Servers(logs, made.env) as servers:
+        with Servers(logs, made.env, made.start_s if given.serial else 0.0) as servers:
             try:
                 line |= STAGES[name](made, servers)
             finally:

@@ -42,6 +42,8 @@ class Server:
 
     def ready(self) -> bool:
         """Raises BenchError when the process has ended."""
+        if self.start_s:
+            return True
         if self.process.poll() is not None:
             raise BenchError(f"{self.name} ended with {self.process.returncode}: {self.complaint()}")
         if self.plain:
@@ -70,10 +72,12 @@ class Server:
 
 
 class Servers:
-    """All processes of a stage. Leaving the context ends them and every process that they have started."""
+    """All processes of a stage. Leaving the context ends them and every process that they have started. With
+    ``serial_s`` each is started only when those before it serve, for which each has so many seconds."""
 
-    def __init__(self, folder: Path, env: dict[str, str]) -> None:
+    def __init__(self, folder: Path, env: dict[str, str], serial_s: float = 0.0) -> None:
         self.folder = folder
+        self.serial_s = serial_s
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("P2PDYN_")} | env
         self.all: list[Server] = []
 
@@ -90,7 +94,7 @@ class Servers:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--uvicorn-log-level", "warning", *flags]
-        return self._start(Server(name, command, self.folder, self.env | (env or {}), f"http://127.0.0.1:{port}"))
+        return self._start(name, command, env, f"http://127.0.0.1:{port}")
 
     def node(
         self,
@@ -103,7 +107,7 @@ class Servers:
         """A p2pdyn node; ``flags`` go behind ``--``."""
         command = [sys.executable, *program, "node", "--name", name, "--port", "0", "--no-mdns", "--offline"]
         command += ["--data-dir", str(self.folder / f"{name}.data"), *options, *(("--", *flags) if flags else ())]
-        return self._start(Server(name, command, self.folder, self.env | (env or {})))
+        return self._start(name, command, env)
 
     def key(self) -> tuple[str, ...]:
         """Settings of a cluster with CURVE on."""
@@ -128,7 +132,10 @@ class Servers:
                     say(f"waiting for {server.name}, {now - server.started:.0f} s: {server.last_line()}")
             time.sleep(0.2)
 
-    def _start(self, server: Server) -> Server:
+    def _start(self, name: str, command: list[str], env: dict[str, str] | None, url: str = "") -> Server:
+        if self.serial_s:
+            self.wait(self.all, self.serial_s)
+        server = Server(name, command, self.folder, self.env | (env or {}), url)
         self.all.append(server)
         return server
 

@@ -58,22 +58,23 @@ class Plan:
         # Triton's float32 products are float32's, not TF32's
         return common | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "TRITON_F32_DEFAULT": "ieee"}
 
-    def flags(self, shape: str, kv_gib: int, share: float, dtype: str = "bfloat16", *, dummy: bool = True) -> list[str]:
+    def flags(self, shape: str, kv_gib: int, share: float, *, dummy: bool = True, exact: bool = False) -> list[str]:
         """vLLM's, the same for each server of a stage. With a size for its KV memory vLLM does not measure what is
-        free, and so several can start at once on one GPU."""
-        streams = str(max(4, self.load.streams * 2))
-        flags = ["--max-num-seqs", streams, "--max-model-len", str(models.SHAPES[shape].context)]
+        free, and so several can start at once on one GPU. ``exact``: one sequence at a time, no CUDA graphs, and a
+        dtype in which two ways to compute the same differ little."""
+        streams = 1 if exact else max(4, self.load.streams * 2)
+        flags = ["--max-num-seqs", str(streams), "--max-model-len", str(models.SHAPES[shape].context)]
         flags += ["--block-size", str(self.block)]
         flags += ["--load-format", "dummy"] if dummy else []
         if self.cpu:
             return [*flags, "--dtype", "float32", "--enforce-eager"]
-        flags += ["--dtype", dtype, "--gpu-memory-utilization", str(share)]
+        flags += ["--dtype", self.exact_dtype if exact else "bfloat16", "--gpu-memory-utilization", str(share)]
         flags += ["--kv-cache-memory-bytes", str(kv_gib * 2**30)]
-        if self.eager:
+        if self.eager or exact:
             return [*flags, "--enforce-eager"]
-        sizes = [1, 2, 4, *range(8, self.load.streams * 2 + 1, 8)]
-        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
-        return [*flags, "--compilation-config", json.dumps(graphs)]
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        sizes = {"cudagraph_capture_sizes": [1, 2, 4, *range(8, streams + 1, 8)]}
+        return [*flags, "--compilation-config", json.dumps(graphs | sizes)]
 
     def model(self, shape: str, *, weights: bool) -> Path:
         return models.write(self.folder / f"{shape}{'-weights' * weights}", models.SHAPES[shape], weights=weights)
@@ -166,7 +167,10 @@ def routing(plan: Plan, servers: Servers) -> dict[str, Any]:
         turns.append(
             {"same": first["worker"] == second["worker"], "first": held, "cached": cached, "worker": first["worker"]}
         )
-    found = {worker.name: _news(worker, lambda one: one["found"] > 0) for worker in workers if _used(worker, turns)}
+    found = {}
+    for worker in workers:
+        cached = sum(turn["cached"] for turn in turns if turn["worker"] in (worker.id, worker.name))
+        found[worker.name] = _news(worker, "found", cached)
     peers = get(f"{front.url}/p2p/peers")["peers"]
     return {
         "start_s": [round(worker.start_s, 1) for worker in workers],
@@ -199,10 +203,6 @@ def _indexed(front: Server, blocks: int) -> None:
     until(lambda: _blocks(front) >= blocks, 20, f"{blocks} blocks in the frontend's index")
 
 
-def _used(worker: Server, turns: Sequence[dict[str, Any]]) -> bool:
-    return any(turn["worker"] in (worker.id, worker.name) for turn in turns)
-
-
 # ---- prefill and decode
 
 
@@ -223,14 +223,14 @@ def _pd(plan: Plan, servers: Servers, model: Path, flags: list[str]) -> Iterator
     for front in (always, decides):
         _seen(front, [prefill, decode])
     for front in (alone, always):  # connections, kernels
-        get(f"{front.url}/v1/completions", client.body(client.ids(random.Random(0), 300, 4096), 4), 120)
+        get(f"{front.url}/v1/completions", client.body(client.ids(random.Random(0), 300, 259), 4), 120)
     yield alone, always, decides, decode
 
 
 def pd(plan: Plan, servers: Servers) -> dict[str, Any]:
     """Greedy tokens of prefill and decode on two workers against one aggregated worker's."""
     model = plan.model(plan.exact_shape, weights=True)
-    flags = [*plan.flags(plan.exact_shape, 4, 0.28, plan.exact_dtype, dummy=False), "--max-num-seqs", "1"]
+    flags = plan.flags(plan.exact_shape, 4, 0.28, dummy=False, exact=True)
     rng = random.Random(5)
     prompts = [client.ids(rng, size, models.SHAPES[plan.exact_shape].vocabulary) for size in plan.exact_prompts]
     with _pd(plan, servers, model, flags) as (alone, always, _, decode):
@@ -238,7 +238,7 @@ def pd(plan: Plan, servers: Servers) -> dict[str, Any]:
         one = [_tokens(alone, body) for body in asked]
         two = [_tokens(always, body) for body in asked]
         lengths = sum(plan.exact_prompts)
-        news = _news(decode, lambda told: told["external_asked"] >= lengths)
+        news = _news(decode, "external_asked", lengths)
     differ = [_difference(*both) for both in zip(one, two, strict=True)]
     return {
         "gpus": plan.gpus,
@@ -273,7 +273,7 @@ def pd_ttft(plan: Plan, servers: Servers) -> dict[str, Any]:
             ms = {name: client.median_ms(values[1:]) for name, values in times.items()}
             rows.append({"prompt_tokens": size, "ttft_p50_ms": ms, "first_ms": _firsts(times), "router": told})
             say(str(rows[-1]))
-        news = _news(decode, lambda told: told["external_asked"] >= sum(plan.ttft_prompts) * (plan.repeats + 1))
+        news = _news(decode, "external_asked", sum(plan.ttft_prompts) * (plan.repeats + 1))
     rate = round(news["external_found"] / max(1, news["external_asked"]), 4)
     return {"gpus": plan.gpus, "ttft": rows, "vllm_prefix_cache": news, "external_hit_rate": rate}
 
@@ -335,8 +335,8 @@ def _seen(front: Server, workers: Sequence[Server]) -> None:
     until(ready, 30, f"{front.name} sees {', '.join(worker.name for worker in workers)}")
 
 
-def _news(worker: Server, enough: Any) -> dict[str, int]:
-    """vLLM's own prefix cache counters, as the worker has logged them; the last ones if they never are enough."""
+def _news(worker: Server, name: str, least: int) -> dict[str, int]:
+    """vLLM's own prefix cache counters, as the worker has logged them; the last ones if ``name`` never is ``least``."""
 
     def told() -> dict[str, int]:
         found = NEWS.findall(worker.text())
@@ -344,7 +344,7 @@ def _news(worker: Server, enough: Any) -> dict[str, int]:
         return dict(zip(names, map(int, found[-1]), strict=True)) if found else dict.fromkeys(names, 0)
 
     try:
-        until(lambda: enough(told()), NEWS_S, "vLLM's counters")
+        until(lambda: told()[name] >= least, NEWS_S, f"{least} tokens {name} in vLLM's counters")
     except BenchError as error:
         say(f"{worker.name}: {error}")
     return told()
