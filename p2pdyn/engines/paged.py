@@ -13,7 +13,7 @@ its key (a digest of all tokens up to its end) may serve any sequence with that 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from struct import Struct
 
@@ -188,40 +188,47 @@ def hashes_of(keys: Iterable[bytes]) -> tuple[int, ...]:
 
 
 class BlockNames:
-    """Names the blocks of one model: two engines give a block the same key exactly when they have the same card,
-    weights (EngineInfo's) and block size, and the sequences the same salt, LoRA and token ids up to the block's end.
+    """Names the blocks of one model: two engines give a block the same key exactly when they have the same card and
+    weights (EngineInfo's), and the sequences the same salt, LoRA and token ids up to the block's end.
 
-    A key is BLAKE2b-128 (RFC 7693) over all of that, keyed by the model: with a weaker hash a tenant could look for a
-    collision and have one prompt served with another's KV.
+    A key is BLAKE2b-128 (RFC 7693) of the key before it and the block's ids, personalised by the model; the chain
+    starts from salt and LoRA, keyed by the model.  With a weaker hash a tenant could look for a collision and have one
+    prompt served with another's KV.
     """
 
     def __init__(self, card: bytes, weights: str, block_size: int) -> None:
-        model = blake2b(blake2b(card).digest() + weights.encode(), digest_size=KEY_BYTES)
+        self._model = blake2b(blake2b(card).digest() + weights.encode(), digest_size=KEY_BYTES).digest()
+        self._start = blake2b(digest_size=KEY_BYTES, person=self._model).copy
+        self._plain = self._root("", "")
         self._block_bytes = 4 * block_size
-        self._start = blake2b(digest_size=KEY_BYTES, key=model.digest())
-        self._start.update(block_size.to_bytes(4, "little"))
 
     def chain(self, salt: str, lora: str) -> KeyChain:
         """For the blocks of one sequence."""
-        state, name, adapter = self._start.copy(), salt.encode(), lora.encode()
-        state.update(_SIZES.pack(len(name), len(adapter)) + name + adapter)
-        return KeyChain(state, self._block_bytes)
+        return KeyChain(self._start, self._root(salt, lora) if salt or lora else self._plain, self._block_bytes)
+
+    def _root(self, salt: str, lora: str) -> bytes:
+        name, adapter = salt.encode(), lora.encode()
+        both = _SIZES.pack(len(name), len(adapter)) + name + adapter
+        return blake2b(both, digest_size=KEY_BYTES, key=self._model).digest()
 
 
 class KeyChain:
-    """The keys of a sequence's full blocks, in order. The hash runs on from block to block, each digest a key: so a
-    block costs one pass over its own ids."""
+    """The ``keys`` of a sequence's full blocks, in order."""
 
-    __slots__ = ("_block_bytes", "_state", "keys")
+    __slots__ = ("_block_bytes", "_root", "_start", "keys")
 
-    def __init__(self, state: blake2b, block_bytes: int) -> None:
-        self._state = state
+    def __init__(self, start: Callable[[], blake2b], root: bytes, block_bytes: int) -> None:
+        self._start = start  # a copy costs half of what a new hash object does
+        self._root = root
         self._block_bytes = block_bytes
         self.keys: list[bytes] = []
 
     def extend(self, data: bytes) -> None:
         """Go on with the token ids (u32 as in an array) behind the last block; a rest that fills none is left out."""
-        update, digest, size = self._state.update, self._state.digest, self._block_bytes
+        start, add, size = self._start, self.keys.append, self._block_bytes
+        key = self.keys[-1] if self.keys else self._root
         for stop in range(size, len(data) + 1, size):
-            update(data[stop - size : stop])
-            self.keys.append(digest())
+            state = start()
+            state.update(key + data[stop - size : stop])
+            key = state.digest()
+            add(key)

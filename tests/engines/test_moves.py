@@ -246,12 +246,13 @@ def test_others_run_on_while_one_waits(make_engine: MakeEngine) -> None:
 def test_decoding_preempts_nobody_who_waits_for_blocks(make_engine: MakeEngine) -> None:
     engine = make_engine(kv_blocks=16, context=64)
     alone = text(make_engine(), prompt(6), max_tokens=50)
-    reserved = moves.reserve(engine, 1, 10, prompt(41), max_tokens=3)
     engine.submit(sequence(2, prompt(6), max_tokens=50), 0.0)
+    engine.submit(replace(sequence(1, prompt(41), max_tokens=3), pull=10), 0.0)  # the younger one
 
     results: dict[int, Result] = {}
-    assert moves.run(engine, results) == []
-    assert engine.next_step(0.0) is None  # put back: its next block is with the one that waits
+    (reserved,) = moves.run(engine, results)
+    load = engine.load_report()  # the other is put back: its next block is with the one that waits
+    assert (load.active_requests, load.queued, load.active_blocks) == (1, 1, 11)
     engine.transfer(Settle(reserved.key, 0), 0.0)
     moves.run(engine, results)
 

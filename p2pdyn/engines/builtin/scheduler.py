@@ -122,7 +122,7 @@ class Scheduler:
         for run in sorted(self.running, key=_order):
             if run.admitted and run.computed == len(run.blocks) * self.block_size:
                 self._extend(run)
-        chunks = [(run, len(run.tokens)) for run in self.running if run.rest == 1 and not run.pull]
+        chunks = [(run, len(run.tokens)) for run in self.running if run.rest == 1]
         budget = max(1, self.max_batch_tokens - len(chunks))
         for run in [run for run in self.running if run.rest > 1 and not run.pull]:
             size = min(run.rest, budget)
