@@ -149,11 +149,8 @@ def test_long_prompts_are_computed_by_the_prefill_worker(cluster: Cluster, tiny:
             assert pulled.choices[0].text == own.choices[0].text
             assert pulled.usage is not None
             assert pulled.usage.completion_tokens == 24
-    wait_for(
-        lambda: counted(decode)[3] >= 3 * 1400,
-        NEWS_S,
-        lambda: f"blocks brought to the decode worker: {counted(decode)}",
-    )
+    # The first one at least: once its own speed is known, the decode worker may be the faster of the two.
+    wait_for(lambda: counted(decode)[3] >= 1500, NEWS_S, lambda: f"blocks brought to {decode.id}: {counted(decode)}")
     peers = vllms.frontend.peers(*cluster.key_args())["peers"]
     roles = {peer["id"]: peer["role"] for peer in peers}
     assert (roles[prefill.id], roles[decode.id]) == ("prefill", "decode")
