@@ -236,6 +236,9 @@ class Flights:
         flight = self._at.get(worker, {}).get(message.rid)
         if flight is None or flight.attempt != message.attempt or flight.prefill is None or flight.decode is None:
             self.stale += 1
+            lent = known.lent if (known := self.open.get(message.rid)) is not None else None
+            if lent is not None and (lent.transfer.source, lent.attempt) == (worker, message.attempt):
+                return []  # told twice
             return [Abandon(worker, message.rid, message.attempt)]
         first, source = flight.decode, flight.prefill.target
         self.routes.hand_overs.first_token(flight.rid, now)

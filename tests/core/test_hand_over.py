@@ -407,6 +407,14 @@ def test_an_answer_of_an_earlier_attempt_is_no_answer() -> None:
     assert flights.stale == 2
 
 
+def test_an_answer_that_comes_twice_takes_nothing_back() -> None:
+    flights = make_flights(P, D, E)
+    _, first = submit(flights)
+    second = decoding(flights, first)
+    assert flights.prefilled(P, prefilled(first), 0.15) == []
+    assert only(flights.worker_lost(second.worker, "gone", 0.2)).transfer == second.transfer
+
+
 # The explanation.
 
 
