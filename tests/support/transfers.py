@@ -8,6 +8,7 @@ stands still, and what comes meanwhile is handled, late, in the order in which i
 from __future__ import annotations
 
 import random
+from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 from p2pdyn.core import lease as leases
 from p2pdyn.core import pull as pulls
 from p2pdyn.core.lease import LEASE_S, Lender, Reply, longest_read
-from p2pdyn.core.pull import Ask, Borrower, CancelRead, StartRead
+from p2pdyn.core.pull import REPLY_S, Ask, Borrower, CancelRead, StartRead
 from p2pdyn.core.types import NodeId
 from p2pdyn.engines.base import Held, Pin, Release, Reserved, Settle
 from p2pdyn.wire.requests import Claim, Commit, Committed, Granted, Renew, Renewed, Return
@@ -48,11 +49,16 @@ class Read:
     """The mover's fault: it reads this many blocks beside the right ones."""
     breaks_at: int
     """Blocks until an error."""
+    tags: list[tuple[bytes, int, int] | None]
+    """If they are read before the blocks; nothing promises an order."""
     place: int = 0
     cancelled: bool = False
 
     def remote(self, place: int) -> int:
         return (self.order.remote[place] + self.skew) % BLOCKS
+
+    def read_tags(self, source: Engine) -> None:
+        self.tags = [source.tags[self.remote(place)] for place in range(len(self.order.remote))]
 
 
 @dataclass
@@ -73,8 +79,8 @@ class Link:
     connection: bytes
     asks: deque[Letter] = field(default_factory=deque)
     replies: dict[type, deque[Letter]] = field(default_factory=dict)
-    claims: dict[int, float] = field(default_factory=dict)
-    """By ticket, when the Claim was sent."""
+    claims: dict[int, Letter] = field(default_factory=dict)
+    """By ticket."""
 
 
 class Process:
@@ -178,14 +184,15 @@ class Process:
         self.do(self.lender.cancel(lease, self.now))
 
     def engine_died(self) -> None:
-        self.do([*self.borrower.clear(self.now), *self.lender.engine_died()])
         self.engine = self.new_engine()
+        self.do([*self.borrower.clear(self.now), *self.lender.engine_died()])
 
     def raise_epoch(self) -> None:
         self.epoch += 1
         self.engine.epoch = self.epoch
         self.stopped |= set(self.lender.leases)
         self.do(self.lender.raise_epoch(self.epoch, self.now))
+        assert set(self.lender.states().items()) >= {("granted", 0), ("claimed", 0)}
 
     def tick(self) -> None:
         for core in (self.lender, self.borrower):
@@ -226,6 +233,8 @@ class Process:
             assert not under_way, f"{message} while it is being read"
         if isinstance(message, Commit):
             assert self.reading[message.ticket] == 1
+            (pull,) = [one for one in self.borrower.pulls.values() if one.ticket == message.ticket]
+            assert self.now < pull.deadline
         self.world.send(self, ask)
 
     def start(self, order: StartRead) -> None:
@@ -290,10 +299,10 @@ class World:
         link = self.links[process.name, ask.source]
         if self.rng.random() < self.loss:
             return
-        if isinstance(ask.message, Claim):
-            link.claims[ask.message.ticket] = self.time
         due = max(self.time + self.rng.uniform(0, self.delay), link.asks[-1].due if link.asks else 0.0)
         link.asks.append(Letter(ask.message, due, self.time))
+        if isinstance(ask.message, Claim):
+            link.claims[ask.message.ticket] = link.asks[-1]
 
     def reply(self, owner: Process, action: Reply) -> None:
         assert int(action.connection[1:]) <= self.connections
@@ -304,13 +313,15 @@ class World:
             if link.connection != action.connection:
                 continue
             assert link.owner is owner
+            if isinstance(message, Granted) and message.blocks:
+                self.judge_grant(owner, link.claims[message.ticket].message, message)
             if self.rng.random() >= self.loss:
                 queue = link.replies.setdefault(type(message), deque())
                 due = max(self.time + self.rng.uniform(0, self.delay), queue[-1].due if queue else 0.0)
                 queue.append(Letter(message, due, self.asked_at(link, message)))
 
     def asked_at(self, link: Link, message: Granted | Renewed | Committed) -> float:
-        return link.claims.get(message.ticket, 0.0) if isinstance(message, Granted) else self.renewing
+        return link.claims[message.ticket].sent if isinstance(message, Granted) else self.renewing
 
     renewing = 0.0
     """When the Renew was sent that is being answered."""
@@ -318,7 +329,6 @@ class World:
     def break_link(self, link: Link, tell: bool, keep: bool) -> None:
         link.connection = self.new_connection()
         link.replies.clear()
-        link.claims.clear()
         if not keep:
             link.asks.clear()
         if tell:
@@ -363,6 +373,12 @@ class World:
             owner.touched[message.lease] = owner.now
         assert message.lease not in owner.stopped, "the lease had been cancelled"
 
+    def judge_grant(self, owner: Process, claim: Claim, answer: Granted) -> None:
+        """Whoever is granted blocks gets those that it asked for, of this life."""
+        assert claim.epoch == owner.epoch, f"{claim} is for an earlier life"
+        keys = b"".join(owner.engine.content[block] for block in array("I", answer.blocks))
+        assert claim.keys.startswith(keys), f"{claim} was granted {keys!r}"
+
     def answered(self, process: Process, source: NodeId, letter: Letter) -> None:
         message, borrower, now = letter.message, process.borrower, process.now
         if isinstance(message, Granted) and message.blocks:
@@ -388,7 +404,7 @@ class World:
         return [read for read in self.reads if read.process is process and read.ticket == ticket]
 
     def start(self, process: Process, order: StartRead, lease: int) -> None:
-        pace = self.rng.uniform(0, self.pace)
+        pace = self.rng.uniform(0.5, 1.0) * self.pace
         stubborn, skewed = self.rng.random() < self.stubborn, self.rng.random() < self.skewed
         breaks = self.rng.randrange(len(order.remote)) if self.rng.random() < self.breaking else -1
         owner = self.named(order.source)
@@ -396,9 +412,11 @@ class World:
         self.reads.append(
             Read(
                 process, order.ticket, lease, process.engine, order, lent, self.time, pace, self.time + pace,
-                stubborn, self.rng.randint(1, BLOCKS - 1) if skewed else 0, breaks,
+                stubborn, self.rng.randint(1, BLOCKS - 1) if skewed else 0, breaks, [],
             )
         )  # fmt: skip
+        if self.rng.random() < 0.5:
+            self.reads[-1].read_tags(owner.engine)
 
     def move(self) -> None:
         for read in list(self.reads):
@@ -413,8 +431,9 @@ class World:
                     read.engine.content[read.order.local[read.place]] = source.content[read.remote(read.place)]
                     read.place += 1
                 else:
-                    tags = tuple(source.tags[read.remote(place)] for place in range(read.place))
-                    self.finish(read, "", tags == read.order.tags)
+                    if not read.tags:
+                        read.read_tags(source)
+                    self.finish(read, "", tuple(read.tags) == read.order.tags)
 
     def finish(self, read: Read, error: str, right: bool) -> None:
         self.reads.remove(read)
@@ -429,6 +448,7 @@ class World:
         for link in self.links.values():
             if link.borrower is process:
                 self.break_link(link, tell=False, keep=False)
+                link.claims.clear()
             elif link.owner is process:
                 self.break_link(link, tell, keep)
 
@@ -483,7 +503,9 @@ class World:
             assert read.cancelled or read.process.frozen or not late, "it reads for ever"
 
     def check_deadline(self, process: Process, pull: pulls.Pull) -> None:
-        """Whoever reads takes its lease for over before its owner does."""
+        """Whoever reads takes its lease for over before its owner does, and waits for no answer for long."""
+        if pull.state in ("claiming", "committing"):
+            assert pull.until <= process.now + REPLY_S
         owner = self.named(pull.source)
         lease = owner.lender.leases.get(pull.lease)
         if pull.state not in ("reading", "committing") or lease is None or pull.epoch != owner.epoch:
