@@ -7,12 +7,13 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import randbelow
 from typing import Any, NoReturn
 
-from p2pdyn.engines.base import EngineOptions, EngineUsageError
+from p2pdyn.engines.base import EngineError, EngineOptions, EngineUsageError
 
 LEASE_S = 12
 """How long vLLM's NIXL connector keeps a prefill's blocks without a sign of life from who is to read them."""
@@ -20,6 +21,8 @@ ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 """A node's role, and what vLLM calls it. One that is neither gets no connector."""
 MAX_IPC_PATH = 90
 """Bytes: the kernel takes 107, the rank is appended."""
+SIDE_PORTS = range(20_000, 30_000)
+"""Where free ones are looked for: below those that Linux gives to outgoing connections."""
 CPU_BLOCK_SIZE = 32
 """vLLM's kernels for CPUs want multiples of it; its own default there, 128, makes prefixes coarse."""
 
@@ -76,11 +79,12 @@ def parse(options: EngineOptions) -> Arguments:
 
 
 def one_line(error: BaseException) -> str:
-    """The first sentence of an exception: pydantic's and vLLM's go on for pages."""
+    """The first line that says something of an exception: pydantic's and vLLM's go on for pages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 2 and "validation error" in lines[0]:
-        lines = lines[2:]
-    return (lines[0] if lines else type(error).__name__)[:400]
+    if len(lines) > 1 and "validation error" in lines[0]:  # pydantic: a count, the place, what is wrong, its input
+        lines = [line for line in lines[1:] if "error," in line] or lines[1:]
+    line = lines[0] if lines else type(error).__name__
+    return line.partition(" [type=")[0].removeprefix("Value error, ").removeprefix("Assertion failed, ")[:400]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -162,8 +166,9 @@ def _transfer(engine: Any, options: EngineOptions, cpu: bool) -> str:
     if options.node:
         config.engine_id = f"{options.node}-{options.epoch}"
     config.kv_connector_extra_config.setdefault("kv_lease_duration", LEASE_S)
-    port = options.side_port or int(os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT") or _free_port(options.host))
-    for rank in range(engine.data_parallel_size):
+    ranks = engine.data_parallel_size
+    port = options.side_port or int(os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT") or _free_port(options.host, ranks))
+    for rank in range(ranks):
         _check_port(options.host, port + rank)
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = options.host
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
@@ -172,10 +177,16 @@ def _transfer(engine: Any, options: EngineOptions, cpu: bool) -> str:
     return "nixl"
 
 
-def _free_port(host: str) -> int:
-    with closing(_bound(host, 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
+def _free_port(host: str, count: int) -> int:
+    """The first of ``count`` free ones. vLLM binds them a minute later, so not where the kernel takes ports for
+    connections from."""
+    for _ in range(100):
+        first = SIDE_PORTS.start + randbelow(len(SIDE_PORTS) - count)
+        with suppress(OSError):
+            for port in range(first, first + count):
+                _bound(host, port).close()
+            return first
+    raise EngineError(f"no free port for vLLM's NIXL side channel from {SIDE_PORTS.start} to {SIDE_PORTS.stop - 1}: give the node a --port")
 
 
 def _check_port(host: str, port: int) -> None:
