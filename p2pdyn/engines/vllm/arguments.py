@@ -186,7 +186,8 @@ def _free_port(host: str, count: int) -> int:
             for port in range(first, first + count):
                 _bound(host, port).close()
             return first
-    raise EngineError(f"no free port for vLLM's NIXL side channel from {SIDE_PORTS.start} to {SIDE_PORTS.stop - 1}: give the node a --port")
+    where = f"{SIDE_PORTS.start} to {SIDE_PORTS.stop - 1}"
+    raise EngineError(f"vLLM's NIXL side channel finds no free port from {where}: give the node a --port")
 
 
 def _check_port(host: str, port: int) -> None:
