@@ -163,3 +163,23 @@ def test_shared_memory_that_was_left_is_removed_and_nothing_else(
     assert os.listdir(shared) == ["other"]
     assert not (tmp_path / leftovers.RECORD).exists()
     leftovers.remove(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "1 validation error for ModelConfig\n  Value error, User-specified max_model_len (9) is too large. "
+            "[type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]\n    For further information visit",
+            "User-specified max_model_len (9) is too large.",
+        ),
+        (
+            "1 validation error for ModelConfig\n  Value error, Invalid repository ID: '/x'.\nPlease verify:\n1. that",
+            "Invalid repository ID: '/x'.",
+        ),
+        ("", "ValueError"),
+        ("plain\nand more", "plain"),
+    ],
+)
+def test_exceptions_become_one_line(text: str, line: str) -> None:
+    assert arguments.one_line(ValueError(text)) == line

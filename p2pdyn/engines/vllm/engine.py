@@ -64,6 +64,8 @@ class VllmEngine:
         progress(0.0, "importing vLLM")
         version = versions.installed()
         arguments.environment(self._options)
+        if self._options.model and os.path.isdir(self._options.model):
+            model.card_of(model.folder_of(self._options.model, None), 0, ())  # tells what it lacks before a long import
         parsed = self._parsed = arguments.parse(self._options)
         progress(0.15, "reading the model's configuration")
         config = _configured(parsed.engine)
@@ -71,7 +73,6 @@ class VllmEngine:
         folder = model.folder_of(parsed.engine.model, parsed.engine.revision)
         guided = not config.model_config.skip_tokenizer_init
         features = tuple(sorted(sampling.FEATURES + ("guided",) * guided + ("lora",) * bool(parsed.loras)))
-        model.card_of(folder, 0, features)  # a folder without a tokenizer is told before minutes of loading
         self._start(config, progress)
         self._learn(config)
         card = model.card_of(folder, self._context, features)
