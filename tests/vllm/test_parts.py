@@ -170,7 +170,7 @@ def test_shared_memory_that_was_left_is_removed_and_nothing_else(
     [
         (
             "1 validation error for ModelConfig\n  Value error, User-specified max_model_len (9) is too large. "
-            "[type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]\n    For further information visit",
+            "[type=value_error, input_value=ArgsKwargs((), {}), input_type=ArgsKwargs]\n    For further information",
             "User-specified max_model_len (9) is too large.",
         ),
         (

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbelow
+from textwrap import shorten
 from typing import Any, NoReturn
 
 from p2pdyn.engines.base import EngineError, EngineOptions, EngineUsageError
@@ -84,7 +85,8 @@ def one_line(error: BaseException) -> str:
     if len(lines) > 1 and "validation error" in lines[0]:  # pydantic: a count, the place, what is wrong, its input
         lines = [line for line in lines[1:] if "error," in line] or lines[1:]
     line = lines[0] if lines else type(error).__name__
-    return line.partition(" [type=")[0].removeprefix("Value error, ").removeprefix("Assertion failed, ")[:400]
+    line = line.partition(" [type=")[0].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return shorten(line, 300, placeholder=" ...")
 
 
 def _refuse(message: str) -> NoReturn:
