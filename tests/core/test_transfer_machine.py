@@ -3,6 +3,8 @@ KV, and in the end every block is free."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -28,7 +30,7 @@ class Transfers(RuleBasedStateMachine):
         super().__init__()
         self.world = World(0, 0)
 
-    @initialize(seed=st.integers(0, 2**32), pace=st.sampled_from((0.02, 0.4, 0.8)), delay=st.sampled_from((0.0, 0.2)))
+    @initialize(seed=st.integers(0, 2**32), pace=st.sampled_from((0.02, 0.4, 1.0)), delay=st.sampled_from((0.0, 0.2)))
     def start(self, seed: int, pace: float, delay: float) -> None:
         self.world = World(seed, 3)
         self.world.pace, self.world.delay = pace, delay
@@ -45,11 +47,18 @@ class Transfers(RuleBasedStateMachine):
         process.tick()
         return process
 
+    def pass_time(self, seconds: float) -> None:
+        until = self.world.time + seconds
+        while self.world.time < until:
+            self.world.step(STEP_S)
+
     # What is asked of them
 
-    @rule(owner=PROCESSES, borrower=PROCESSES, prompt=PROMPTS, depth=DEPTHS)
-    def prefill(self, owner: int, borrower: int, prompt: int, depth: int) -> None:
-        self.world.prefill(self.process(owner), self.process(borrower), prompt_keys(prompt, depth))
+    @rule(owner=PROCESSES, borrower=PROCESSES, prompt=PROMPTS, depth=DEPTHS, mistaken=st.sampled_from((0, 0, 0, 1)))
+    def prefill(self, owner: int, borrower: int, prompt: int, depth: int, mistaken: int) -> None:
+        """``mistaken``: it is taken for another prompt, which begins alike."""
+        keys, wanted = prompt_keys(prompt, depth), prompt_keys(prompt ^ mistaken, depth)
+        self.world.prefill(self.process(owner), self.process(borrower), keys, wanted)
         self.pass_time(STEP_S)
 
     @rule(
@@ -69,39 +78,11 @@ class Transfers(RuleBasedStateMachine):
         self.pass_time(STEP_S)
 
     @precondition(lambda self: self.world.handed)
-    @rule(borrower=PROCESSES, data=st.data(), twisted=st.booleans())
-    def migrate(self, borrower: int, data: st.DataObject, twisted: bool) -> None:
+    @rule(borrower=PROCESSES, data=st.data())
+    def migrate(self, borrower: int, data: st.DataObject) -> None:
         """Somebody else gets a lease that was given out before."""
         owner, epoch, lease, keys = data.draw(st.sampled_from(self.world.handed))
-        if twisted:  # the prompt that begins alike
-            keys = prompt_keys(int(keys[-1][:1]) ^ 1, len(keys)) if len(keys) > 1 else keys
         self.process(borrower).post(lambda: self.process(borrower).begin(owner.name, epoch, lease, keys))
-
-    @rule(
-        owner=PROCESSES, borrower=PROCESSES, prompt=PROMPTS, before=st.sampled_from((0.05, 0.3, 0.7, 1.2)),
-        seconds=st.sampled_from((0.8, 1.9, 2.3, 3.5, 6.0)), owners=st.booleans(),
-    )  # fmt: skip
-    def pause_amid(self, owner: int, borrower: int, prompt: int, before: float, seconds: float, owners: bool) -> None:
-        """One of the two stands still somewhere in a transfer, which takes its time; other prompts do not."""
-        self.world.pace = 0.5
-        self.prefill(owner, borrower, prompt, DEPTH)
-        self.pass_time(before)
-        self.freeze(owner if owners else borrower, seconds)
-        self.process(owner).engine.churn(0.9)
-
-    @rule(
-        owner=PROCESSES,
-        borrower=PROCESSES,
-        prompt=PROMPTS,
-        before=st.sampled_from((0.05, 0.3, 0.7)),
-        keep=st.booleans(),
-    )
-    def restart_amid(self, owner: int, borrower: int, prompt: int, before: float, keep: bool) -> None:
-        """An owner is started again, and lends the same blocks under the same lease, to who has not heard of it."""
-        self.prefill(owner, borrower, prompt, DEPTH)
-        self.pass_time(before)
-        self.world.restart(self.process(owner), False, keep)
-        self.prefill(owner, borrower, prompt + 1, DEPTH)
 
     @rule(number=PROCESSES, data=st.data(), cannot=st.booleans())
     def give_up(self, number: int, data: st.DataObject, cannot: bool) -> None:
@@ -118,13 +99,6 @@ class Transfers(RuleBasedStateMachine):
             lease = data.draw(st.sampled_from(list(process.lender.leases)))
             process.post(lambda: process.cancel_lease(lease))
 
-    # Time
-
-    def pass_time(self, seconds: float) -> None:
-        until = self.world.time + seconds
-        while self.world.time < until:
-            self.world.step(STEP_S)
-
     @rule(seconds=st.sampled_from((0.1, 0.3, 0.7, 1.5, 3.0)))
     def advance(self, seconds: float) -> None:
         self.pass_time(seconds)
@@ -136,7 +110,7 @@ class Transfers(RuleBasedStateMachine):
         self.world.delay, self.world.loss = delay, loss
 
     @rule(
-        pace=st.sampled_from((0.02, 0.4, 0.8)),
+        pace=st.sampled_from((0.02, 0.4, 1.0)),
         stubborn=st.sampled_from((0.0, 0.5)),
         skewed=st.sampled_from((0.0, 0.3)),
         breaking=st.sampled_from((0.0, 0.0, 0.3)),
@@ -168,6 +142,38 @@ class Transfers(RuleBasedStateMachine):
         """A process, or its engine, stands still until another such."""
         self.process(number).frozen, self.process(number).stalled = frozen, stalled
         self.awake(number)
+
+    @rule(
+        owner=PROCESSES,
+        borrower=PROCESSES,
+        prompt=PROMPTS,
+        pace=st.sampled_from((0.3, 1.0)),
+        before=st.sampled_from((0.05, 0.3, 0.9)),
+        what=st.sampled_from(("owner stands", "borrower stands", "owner anew", "cancel", "owner", "borrower")),
+        seconds=st.sampled_from((0.8, 1.9, 2.3, 3.5, 6.0)),
+    )
+    def amid(
+        self, owner: int, borrower: int, prompt: int, pace: float, before: float, what: str, seconds: float
+    ) -> None:
+        """A transfer that takes its time, and somewhere in it a pause of either side, a life of the owner that lends
+        the same under the same lease, a cancel, or the death of either engine; and other prompts all the while."""
+        world, source = self.world, self.process(owner)
+        world.pace = pace
+        self.prefill(owner, borrower, prompt, DEPTH, 0)
+        self.pass_time(before)
+        match what:
+            case "owner stands" | "borrower stands":
+                self.freeze(owner if what == "owner stands" else borrower, seconds)
+            case "owner anew":
+                world.restart(source, tell=False, keep=True)
+                self.prefill(owner, borrower, prompt ^ 1, DEPTH, 0)
+            case "cancel":
+                for lease in list(source.lender.leases):
+                    source.post(partial(source.cancel_lease, lease))
+            case "owner" | "borrower":
+                world.engine_dies(source if what == "owner" else self.process(borrower))
+        source.engine.churn(0.9)
+        self.pass_time(STEP_S)
 
     @rule(
         number=PROCESSES,
@@ -310,8 +316,8 @@ class Transfers(RuleBasedStateMachine):
 
 TestTransfers = Transfers.TestCase
 TestTransfers.settings = settings(
-    max_examples=60,
-    stateful_step_count=50,
+    max_examples=50,
+    stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )

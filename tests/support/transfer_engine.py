@@ -11,8 +11,8 @@ from p2pdyn.engines.base import Held, Pin, Release, Reserved, Settle
 
 BLOCKS = 14
 """Of each engine: few, so that they are fought over."""
-BLOCK_BYTES = 25_000_000
-"""A block adds half a second to the longest read."""
+BLOCK_BYTES = 50_000_000
+"""A block adds a second to the longest read."""
 DEPTH = 4
 
 

@@ -267,8 +267,8 @@ class World:
             (a.name, b.name): Link(a, b, self.new_connection()) for a in self.processes for b in self.processes
         }
         self.reads: list[Read] = []
-        self.wishes: dict[tuple[NodeId, int], Process] = {}
-        """By owner and sequence, who shall go on with a prompt that is handed over."""
+        self.wishes: dict[tuple[NodeId, int], tuple[Process, tuple[bytes, ...]]] = {}
+        """By owner and sequence, who shall go on with a prompt that is handed over, and what it takes it for."""
         self.handed: deque[tuple[Process, int, int, tuple[bytes, ...]]] = deque(maxlen=8)
         """(owner, epoch, lease, keys)."""
 
@@ -281,17 +281,19 @@ class World:
 
     # Prompts
 
-    def prefill(self, owner: Process, borrower: Process, keys: tuple[bytes, ...]) -> None:
+    def prefill(
+        self, owner: Process, borrower: Process, keys: tuple[bytes, ...], wanted: tuple[bytes, ...] = ()
+    ) -> None:
         owner.sequence += 1
-        self.wishes[owner.name, owner.sequence] = borrower
+        self.wishes[owner.name, owner.sequence] = borrower, wanted or keys
         if not owner.engine.dead:
             owner.engine.hand_over(owner.sequence, keys)
 
     def handed_over(self, owner: Process, lease: int, held: Held) -> None:
         owner.touched[lease] = owner.now
         self.handed.append((owner, owner.epoch, lease, held.keys))
-        borrower = self.wishes.pop((owner.name, held.key))
-        borrower.post(partial(borrower.begin, owner.name, owner.epoch, lease, held.keys))
+        borrower, wanted = self.wishes.pop((owner.name, held.key))
+        borrower.post(partial(borrower.begin, owner.name, owner.epoch, lease, wanted))
 
     # Links
 
