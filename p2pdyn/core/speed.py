@@ -11,6 +11,7 @@ least squares with exponential forgetting.  Its slope is what another block of c
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import exp
 
 MIN_TOKENS = 64
 """Shorter prefills are mostly overhead; they would make a worker look slow."""
@@ -23,6 +24,12 @@ SAMPLE_S = 0.005
 """Steps are sampled no more often than this: a sim without waiting makes thousands a second."""
 LONG_S = 5.0
 """A longer gap between steps was no decoding (the process stood still)."""
+PULL_TOKENS = 256
+"""Fewer are mostly overhead."""
+PULL_WEIGHT = 0.5
+PULL_MEMORY_S = 60.0
+"""After this long a measured pull counts for a third: one slow one, a first one above all, must not end hand-overs for
+ever."""
 
 
 class SpeedMeter:
@@ -112,3 +119,36 @@ class SpeedMeter:
         if self._n < MIN_STEPS or spread <= 1e-3 * self._n * self._xx:
             return 0.0
         return 1e3 * max(0.0, (self._n * self._xy - self._x * self._y) / spread)
+
+
+class PullMeter:
+    """How long a token's KV takes that the engine fetches from another worker by itself: from its submit to the first
+    token of its answer, less ``overhead_s``.  ``assumed_s`` a token until there is news, and again as that ages."""
+
+    def __init__(self, assumed_s: float, overhead_s: float) -> None:
+        self._assumed = assumed_s
+        self._overhead = overhead_s
+        self._measured = assumed_s
+        self._at = 0.0
+        self._open: dict[int, tuple[int, float]] = {}
+
+    def begun(self, key: int, tokens: int, now: float) -> None:
+        """A sequence was submitted of whose prompt ``tokens`` are elsewhere."""
+        self._open[key] = tokens, now
+
+    def first_token(self, key: int, now: float) -> None:
+        """Of a sequence; those that fetch nothing are ignored."""
+        found = self._open.pop(key, None)
+        if found is None or found[0] < PULL_TOKENS:
+            return
+        took = max(0.0, now - found[1] - self._overhead) / found[0]
+        known = self.token_s(now)
+        self._measured, self._at = known + PULL_WEIGHT * (took - known), now
+
+    def gone(self, key: int) -> None:
+        """Aborted, or ended without a token."""
+        self._open.pop(key, None)
+
+    def token_s(self, now: float) -> float:
+        """Seconds a token."""
+        return self._assumed + (self._measured - self._assumed) * exp((self._at - now) / PULL_MEMORY_S)

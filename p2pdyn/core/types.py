@@ -156,7 +156,8 @@ class Load:
     block_bytes: int = 0
     """Of one KV block as it is moved; 0: our transfer cannot take any from here."""
     pull_bps: float = 0.0
-    """Bytes a second of this worker's reads from others; 0: none measured, or not able to."""
+    """Bytes a second of this worker's reads from others, or tokens a second where its engine moves KV by itself (and
+    ``block_bytes`` is 0); 0: none measured, or not able to."""
 
 
 @dataclass(slots=True)

@@ -12,9 +12,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
-from p2pdyn.core.disagg import PULL_BPS
+from p2pdyn.core.disagg import OVERHEAD_S, PULL_BPS, TOKEN_PULL_S
 from p2pdyn.core.served import Served
-from p2pdyn.core.speed import SpeedMeter
+from p2pdyn.core.speed import PullMeter, SpeedMeter
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
@@ -78,10 +78,12 @@ class WorkerService:
         self._served: Served | None = None
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
+        self._moves_kv = False
         self.kv: KvSource | None = None
         self.transfers: Transfers | None = None
         self._engine_events: EngineEvents | None = None
         self._speed = SpeedMeter()
+        self._pulls = PullMeter(TOKEN_PULL_S, OVERHEAD_S)
         self._admitted: list[base.Sequence] = []
         self._aborted: list[int] = []
         self._admitting = False
@@ -111,6 +113,7 @@ class WorkerService:
         self._served = Served(self._epoch, models, info.context, max_open)
         self._runner = runner
         self._card = (card_digest, info.card)
+        self._moves_kv = bool(info.moves_kv)
         if self.kv is not None:
             self.kv.flush()
         if info.kv_events:
@@ -230,6 +233,8 @@ class WorkerService:
         if sequence.remote:
             if self._owner_epoch(source) != epoch:
                 sequence.remote = b""
+            else:
+                self._pulls.begun(sequence.key, len(sequence.tokens), monotonic())
         elif sequence.pull and (
             self.transfers is None or not self.transfers.begin(sequence.key, source, epoch, message.lease)
         ):
@@ -274,6 +279,7 @@ class WorkerService:
             return
         for key in keys:
             self._speed.gone(key)
+            self._pulls.gone(key)
         if self.transfers is not None:
             self.transfers.cancel(keys)
         if self._admitted:
@@ -344,6 +350,8 @@ class WorkerService:
     def _measure(self, served: Served, outputs: int, now: float) -> None:
         if served.started:
             self._speed.first_tokens(served.started, now)
+            for key, _ in served.started:
+                self._pulls.first_token(key, now)
             served.started.clear()
         took = self._speed.step(outputs, now)
         if took:
@@ -410,6 +418,8 @@ class WorkerService:
 
     def _moves(self) -> dict[str, Any]:
         """What it takes to move this worker's KV blocks, and others' to it."""
+        if self._moves_kv:
+            return {"pull_bps": 1.0 / max(self._pulls.token_s(monotonic()), 1e-9)}
         if self.transfers is None:
             return {}
         return {"block_bytes": self.transfers.block_bytes, "pull_bps": self.transfers.bandwidth or PULL_BPS}

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from p2pdyn.core.speed import LONG_S, SAMPLE_S, SpeedMeter
+from p2pdyn.core.speed import LONG_S, SAMPLE_S, PullMeter, SpeedMeter
 
 
 def step(meter: SpeedMeter, decoding: int, blocks: int, now: float) -> None:
@@ -131,3 +131,20 @@ def test_an_engine_that_was_emptied_prefills_nothing() -> None:
     meter.submitted(1, 5000, 0, 0.0)
     meter.clear()
     assert meter.backlog == 0
+
+
+def test_what_an_engine_fetches_by_itself_is_timed_and_old_news_fades() -> None:
+    pulls = PullMeter(assumed_s=3e-6, overhead_s=0.01)
+    assert pulls.token_s(0.0) == 3e-6
+    pulls.begun(1, 10_000, 100.0)
+    pulls.begun(2, 100, 100.0)
+    pulls.begun(3, 10_000, 100.0)
+    pulls.first_token(2, 101.0)  # too short to tell anything
+    pulls.gone(3)
+    pulls.first_token(3, 109.0)
+    pulls.first_token(1, 104.01)
+    assert pulls.token_s(104.01) == pytest.approx((3e-6 + 4e-4) / 2)
+    pulls.begun(4, 10_000, 105.0)
+    pulls.first_token(4, 109.01)
+    assert 2.5e-4 < pulls.token_s(109.01) < 4e-4
+    assert pulls.token_s(109.01 + 600) == pytest.approx(3e-6, rel=0.05)
