@@ -235,10 +235,12 @@ class WorkerService:
                 sequence.remote = b""
             else:
                 self._pulls.begun(sequence.key, len(sequence.tokens), monotonic())
-        elif sequence.hand_over or not (
-            self.transfers is not None and self.transfers.begin(sequence.key, source, epoch, message.lease)
+        elif sequence.pull and (
+            sequence.hand_over  # engines do one of the two at a time
+            or self.transfers is None
+            or not self.transfers.begin(sequence.key, source, epoch, message.lease)
         ):
-            sequence.pull = 0  # engines do one of the two at a time
+            sequence.pull = 0
 
     def _on_cancel(self, connection: bytes, message: Cancel) -> None:
         if self._served is not None:
