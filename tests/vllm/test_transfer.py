@@ -189,6 +189,30 @@ def test_a_decode_worker_that_stood_still_computes_itself(lab: Lab, pair: Pair) 
     lab.run(body(), 200)
 
 
+def test_a_decode_worker_that_dies_amid_a_pull_costs_the_blocks_no_longer_than_the_lease(lab: Lab, pair: Pair) -> None:
+    """The prefill worker serves on meanwhile, and another decode worker reads from it after that."""
+    other = lab.make("--max-num-seqs", "1", role="decode", node="cccccccccccccccc", epoch=13)
+    lab.start([other])
+
+    async def body() -> None:
+        tokens = prompt(3000)
+        (own,) = await pair.decode.finished(ask(tokens, cache_salt="own"))
+        _, params = await handed_over(pair, tokens)
+        pulling = ask(tokens)
+        pulling.remote = params
+        other.runner.submit([pulling])
+        signal_group(other, signal.SIGKILL)
+        began = time.monotonic()
+        await pair.prefill.finished(ask([1, 2, 3], max_tokens=2))
+        await pair.prefill.until(lambda: pair.prefill.runner.load.kv_used == 0)
+        assert time.monotonic() - began < LEASE_S + 2
+        assert other.deaths
+        _, params = await handed_over(pair, tokens)
+        assert (await decoded(pair, tokens, params)).tokens == own.tokens
+
+    lab.run(body())
+
+
 def test_a_prefill_worker_that_died_is_not_waited_for_long(lab: Lab, pair: Pair) -> None:
     """The last one: it takes the module's prefill engine with it. The decode side computes the prompt itself."""
 
