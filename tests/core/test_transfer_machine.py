@@ -47,6 +47,14 @@ class Transfers(RuleBasedStateMachine):
         process.tick()
         return process
 
+    def calm(self) -> None:
+        world = self.world
+        world.deaf = False
+        world.delay = world.loss = world.stubborn = world.skewed = world.breaking = world.churning = 0.0
+        for number, process in enumerate(world.processes):
+            process.frozen = process.stalled = False
+            self.awake(number)
+
     def pass_time(self, seconds: float) -> None:
         until = self.world.time + seconds
         while self.world.time < until:
@@ -105,9 +113,14 @@ class Transfers(RuleBasedStateMachine):
 
     # What goes wrong
 
-    @rule(delay=st.sampled_from((0.0, 0.0, 0.2, 0.8, 3.0)), loss=st.sampled_from((0.0, 0.0, 0.1, 0.5)))
-    def weather(self, delay: float, loss: float) -> None:
-        self.world.delay, self.world.loss = delay, loss
+    @rule(
+        delay=st.sampled_from((0.0, 0.0, 0.2, 0.8, 3.0)),
+        loss=st.sampled_from((0.0, 0.0, 0.1, 0.5)),
+        churning=st.sampled_from((0.0, 0.1, 0.9)),
+    )
+    def weather(self, delay: float, loss: float, churning: float) -> None:
+        """``churning``: how often an engine's free blocks go to other prompts."""
+        self.world.delay, self.world.loss, self.world.churning = delay, loss, churning
 
     @rule(
         pace=st.sampled_from((0.02, 0.4, 1.0)),
@@ -118,15 +131,6 @@ class Transfers(RuleBasedStateMachine):
     def mover(self, pace: float, stubborn: float, skewed: float, breaking: float) -> None:
         world = self.world
         world.pace, world.stubborn, world.skewed, world.breaking = pace, stubborn, skewed, breaking
-
-    @rule(churning=st.sampled_from((0.0, 0.1, 0.9)))
-    def traffic(self, churning: float) -> None:
-        """How often an engine's free blocks go to other prompts."""
-        self.world.churning = churning
-
-    @rule(number=PROCESSES)
-    def churn(self, number: int) -> None:
-        self.process(number).engine.churn(1.0)
 
     @rule(number=PROCESSES, seconds=st.sampled_from((0.3, 1.2, 2.5, 6.0)))
     def freeze(self, number: int, seconds: float) -> None:
@@ -145,20 +149,22 @@ class Transfers(RuleBasedStateMachine):
 
     @rule(
         owner=PROCESSES,
-        borrower=PROCESSES,
+        other=st.integers(1, 2),
         prompt=PROMPTS,
         pace=st.sampled_from((0.3, 1.0)),
-        before=st.sampled_from((0.05, 0.3, 0.9)),
+        before=st.sampled_from((0.05, 0.3, 0.6, 1.05)),
+        deaf=st.booleans(),
         what=st.sampled_from(("owner stands", "borrower stands", "owner anew", "cancel", "owner", "borrower")),
         seconds=st.sampled_from((0.8, 1.9, 2.3, 3.5, 6.0)),
     )
     def amid(
-        self, owner: int, borrower: int, prompt: int, pace: float, before: float, what: str, seconds: float
+        self, owner: int, other: int, prompt: int, pace: float, before: float, deaf: bool, what: str, seconds: float
     ) -> None:
-        """A transfer that takes its time, and somewhere in it a pause of either side, a life of the owner that lends
-        the same under the same lease, a cancel, or the death of either engine; and other prompts all the while."""
-        world, source = self.world, self.process(owner)
-        world.pace = pace
+        """A transfer that takes its time in a calm, and somewhere in it a pause of either side, a life of the owner
+        that lends the same under the same lease, a cancel, or the death of either engine; other prompts behind it."""
+        world, source, borrower = self.world, self.process(owner), (owner + other) % 3
+        self.calm()
+        world.delay, world.pace, world.deaf = 0.1, pace, deaf
         self.prefill(owner, borrower, prompt, DEPTH, 0)
         self.pass_time(before)
         match what:
@@ -173,7 +179,7 @@ class Transfers(RuleBasedStateMachine):
             case "owner" | "borrower":
                 world.engine_dies(source if what == "owner" else self.process(borrower))
         source.engine.churn(0.9)
-        self.pass_time(STEP_S)
+        self.pass_time(0.3)
 
     @rule(
         number=PROCESSES,
@@ -265,15 +271,14 @@ class Transfers(RuleBasedStateMachine):
         world = self.world
         if not world.processes:
             return
-        world.delay = world.loss = world.stubborn = world.skewed = world.breaking = world.churning = world.pace = 0.0
+        self.calm()
+        world.pace = 0.0
         for read in world.reads:
             read.next_at, read.pace = world.time, 0.0
         for link in world.links.values():
             for letter in [*link.asks, *(one for queue in link.replies.values() for one in queue)]:
                 letter.due = world.time
         for process in world.processes:
-            process.frozen = process.stalled = False
-            process.work()
             for waiting in list(process.engine.queue):
                 process.cancel(waiting.key)
         self.pass_time(QUIET_S)

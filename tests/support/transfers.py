@@ -256,6 +256,8 @@ class World:
         self.time = 0.0
         self.connections = 0
         self.loss = 0.0
+        self.deaf = False
+        """Every Renewed is lost."""
         self.delay = 0.0
         self.pace = 0.0
         self.stubborn = 0.0
@@ -317,7 +319,7 @@ class World:
             assert link.owner is owner
             if isinstance(message, Granted) and message.blocks:
                 self.judge_grant(owner, link.claims[message.ticket].message, message)
-            if self.rng.random() >= self.loss:
+            if self.rng.random() >= self.loss and not (self.deaf and isinstance(message, Renewed)):
                 queue = link.replies.setdefault(type(message), deque())
                 due = max(self.time + self.rng.uniform(0, self.delay), queue[-1].due if queue else 0.0)
                 queue.append(Letter(message, due, self.asked_at(link, message)))
