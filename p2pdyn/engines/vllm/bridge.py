@@ -19,7 +19,7 @@ from typing import Any
 from p2pdyn.engines.base import Held, Output
 from p2pdyn.engines.vllm import handoff
 from p2pdyn.engines.vllm.arguments import LEASE_S, one_line
-from p2pdyn.engines.vllm.sampling import from_vllm
+from p2pdyn.engines.vllm.sampling import from_vllm, warm_params
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ NEWS_S = 10.0
 TELL_S = 0.2
 CLOSE_S = 1.0
 CALL_S = 5.0
+WARM_TOKENS = 512
+WARM_S = 120.0
 
 
 @dataclass(slots=True)
@@ -108,7 +110,9 @@ class Bridge:
         self._open.set()
         self._background: set[asyncio.Task[Any]] = set()
         try:
-            self.llm = self._build()
+            llm = self._build()
+            await self._warm(llm)
+            self.llm = llm
         except Exception as error:
             self.failure = error
         self.started.set()
@@ -120,6 +124,18 @@ class Bridge:
         for _, task in self._jobs.values():
             task.cancel()
         self.llm.shutdown(timeout=CLOSE_S)
+
+    async def _warm(self, llm: Any) -> None:
+        """Run a prompt, twice, and forget it: the first one takes several times as long as all others, and the speeds
+        that routers go by are measured from the first request on."""
+        length = min(WARM_TOKENS, llm.vllm_config.model_config.max_model_len - 8)
+        for turn in range(2):
+            prompt = {"type": "token", "prompt_token_ids": [turn] * max(1, length)}
+            async with asyncio.timeout(WARM_S):
+                async for _ in llm.generate(prompt, warm_params(), f"warm-{turn}"):
+                    pass
+        async with asyncio.timeout(CALL_S):
+            await llm.reset_prefix_cache()
 
     def _keep(self, work: Any) -> None:
         task = asyncio.create_task(work)

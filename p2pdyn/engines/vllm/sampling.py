@@ -61,6 +61,16 @@ def to_vllm(sequence: Sequence, room: int, eos: tuple[int, ...], transfer: dict[
     )
 
 
+def warm_params() -> Any:
+    """For a prompt whose answer nobody reads."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    return vllm.SamplingParams(
+        max_tokens=4, temperature=0.0, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
 def _structured(params: SamplingParams) -> Any:
     if params.guided is None:
         return None
