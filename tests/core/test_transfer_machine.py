@@ -4,7 +4,10 @@ KV, and in the end every block is free."""
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -20,6 +23,9 @@ PROCESSES = st.integers(0, 2)
 PROMPTS = st.integers(0, 3)
 DEPTHS = st.integers(1, DEPTH)
 STEP_S = 0.05
+BEFORE_S = (0.05, 0.3, 0.6, 1.05)
+PACES_S = (0.3, 1.0)
+TROUBLES = ("owner stands", "borrower stands", "owner anew", "cancel", "owner", "borrower")
 
 QUIET_S = LEASE_S + longest_read(DEPTH * BLOCK_BYTES) + REPLY_S
 """After this long without anything new, nothing is held for anybody."""
@@ -151,10 +157,10 @@ class Transfers(RuleBasedStateMachine):
         owner=PROCESSES,
         other=st.integers(1, 2),
         prompt=PROMPTS,
-        pace=st.sampled_from((0.3, 1.0)),
-        before=st.sampled_from((0.05, 0.3, 0.6, 1.05)),
+        pace=st.sampled_from(PACES_S),
+        before=st.sampled_from(BEFORE_S),
         deaf=st.booleans(),
-        what=st.sampled_from(("owner stands", "borrower stands", "owner anew", "cancel", "owner", "borrower")),
+        what=st.sampled_from(TROUBLES),
         seconds=st.sampled_from((0.8, 1.9, 2.3, 3.5, 6.0)),
     )
     def amid(
@@ -326,3 +332,14 @@ TestTransfers.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
+
+
+@pytest.mark.parametrize("what", TROUBLES)
+@pytest.mark.parametrize("pace", PACES_S)
+def test_each_trouble_amid_a_transfer(what: str, pace: float) -> None:
+    """The rule that finds most, at every moment: chance alone leaves some of it out in most runs."""
+    for seed, (tenths, deaf) in enumerate(product(range(1, 16, 2), (False, True))):
+        machine: Any = Transfers()
+        machine.start(seed, pace, 0.0)
+        machine.amid(0, 1, 0, pace, tenths / 10, deaf, what, 3.5)
+        machine.teardown()
