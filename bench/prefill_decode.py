@@ -4,8 +4,8 @@
 
 Both sides have two workers with the same timing model and get the same prompts, sides alternating.  `idle`: one request
 after the other, so that the difference of TTFT is what the hand-over costs: one more hop, the claim, the read, the
-commit and the last block, which the decode worker computes.  `load`: the same Poisson arrivals for both; prefill no longer
-delays the tokens of others here, which shows in the time between tokens.
+commit and the last block, which the decode worker computes.  `load`: the same Poisson arrivals for both; prefill does
+not delay the tokens of others any more, which shows in the time between tokens.
 """
 
 from __future__ import annotations

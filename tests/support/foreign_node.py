@@ -1,5 +1,5 @@
-"""`p2pdyn`, but its engine names its KV blocks as another model's would be, as if each were another prompt's of the same
-routing hash: ``foreign_node.py ARGUMENTS...``"""
+"""`p2pdyn`, but its engine names its KV blocks as another model's, as if each were another prompt's of the same routing
+hash: ``foreign_node.py ARGUMENTS...``"""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import pytest
 import uvloop
-from support.engines import Result
 
 from p2pdyn.engines.base import EngineInfo, EngineOptions, Held, Sequence, Step
 from p2pdyn.engines.child import ChildRunner
+from support.engines import Result
 
 T = TypeVar("T")
 
