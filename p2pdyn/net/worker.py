@@ -53,6 +53,8 @@ TELL_TOKENS = 512
 STEPS_S = 0.001
 """Engine steps that follow each other faster than this share a message: each costs both peers a wake-up of two threads.
 A step after a pause is sent at once, so that an engine with steps longer than this is never held up."""
+MAX_HELD = 1024
+"""Hand-overs remembered, for a frontend that gives one up: it does so within seconds, or never."""
 CLOCK_JUMP_S = 2.0
 """A tick this late means that this process stood still (SIGSTOP, a suspended host), not that its frontends did."""
 
@@ -79,6 +81,8 @@ class WorkerService:
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
         self._moves_kv = False
+        self._held: dict[tuple[bytes, int, int], int] = {}
+        """Hand-overs of an engine that moves KV by itself, newest last; it knows itself which have ended."""
         self.kv: KvSource | None = None
         self.transfers: Transfers | None = None
         self._engine_events: EngineEvents | None = None
@@ -247,6 +251,9 @@ class WorkerService:
             self._abort(self._served.cancel(connection, message.requests))
         if self.transfers is not None:
             self.transfers.given_up(connection, message.requests)
+        if self._held and self._runner is not None:
+            keys = [self._held.pop((connection, *request), None) for request in message.requests]
+            self._runner.transfer([base.Release(key) for key in keys if key is not None])
 
     def _on_transfer(self, connection: bytes, message: Claim | Renew | Commit | Return) -> None:
         if self.transfers is not None:
@@ -342,6 +349,10 @@ class WorkerService:
         lease, request = 0, (running.connection, running.rid, running.attempt)
         if self.transfers is not None:
             lease = self.transfers.handed_over(held, *request)
+        elif held.params:
+            self._held[request] = held.key
+            while len(self._held) > MAX_HELD:
+                del self._held[next(iter(self._held))]
         self._speed.first_tokens(((held.key, held.cached),), monotonic())
         blocks = len(held.blocks) if lease else 0
         answer = Prefilled(running.rid, running.attempt, self._epoch, lease, blocks, held.cached, held.params)

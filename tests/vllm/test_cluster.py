@@ -165,6 +165,17 @@ def test_long_prompts_are_computed_by_the_prefill_worker(cluster: Cluster, tiny:
     roles = {peer["id"]: peer["role"] for peer in peers}
     assert (roles[prefill.id], roles[decode.id]) == ("prefill", "decode")
     wait_for(lambda: all(used == 0 for used in kv_used(vllms)), 20, "blocks given back on both sides")
+    for seed, tokens in enumerate((0, 0, 1, 4), 50):  # before the first token, wherever the request is by then; after
+        with vllms.client() as client:
+            stream = client.completions.create(
+                model="tiny", prompt=words(3000, seed), max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+            )
+            for _ in range(tokens):
+                next(stream)
+            if not tokens:
+                wait_for(lambda: any(kv_used(vllms)), 10, "the prompt is being computed", every=0.01)
+            stream.close()
+        wait_for(lambda: not any(kv_used(vllms)), 5, lambda: f"blocks in use of a client that left: {kv_used(vllms)}")
 
 
 def kv_used(vllms: Vllms) -> list[int]:
