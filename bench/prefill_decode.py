@@ -97,7 +97,7 @@ def side(folder: Path, roles: tuple[str, str], mover: str, given: argparse.Names
     idle = [words(rng, given.prompt) for _ in range(given.idle)]
     load = [words(rng, given.prompt) for _ in range(round(given.rate * given.seconds))]
     with Cluster(folder, make_key(folder)) as nodes:
-        pd = PdCluster(nodes, "sim", mover)
+        pd = PdCluster(nodes, "sim", mover, always=False)
         args = ("--", "--prefill-tps", str(given.prefill_tps), "--itl-ms", str(given.itl_ms))
         workers = [pd.start(f"w{number}", role, args=args) for number, role in enumerate(roles)]
         pd.ready()

@@ -28,7 +28,7 @@ class Pair:
     """Two aggregated workers. The first has computed a prefix; :meth:`busy` gives it something else to do."""
 
     def __init__(self, cluster: Cluster, args: Sequence[str], mover: str, program: Sequence[str] | None = None) -> None:
-        self.pd = pd = PdCluster(cluster, "sim", mover)
+        self.pd = pd = PdCluster(cluster, "sim", mover, always=False)
         self.owner = pd.start("owner", "aggregated", args=args, program=program)
         pd.ready()
         self.prefix, self.tail, self.fresh = prompt(PREFIX, 1), prompt(100, 2), 10

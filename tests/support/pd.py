@@ -18,22 +18,15 @@ from p2pdyn.core.types import Address
 from p2pdyn.net.admin import admin_call
 from p2pdyn.net.curve import Security
 from p2pdyn.net.sockets import Sockets
-from support import held_node
+from support import handing_frontend, held_node
 from support.nodes import Cluster, NodeProcess, wait_for
 
 GIVEN_BACK_S = 5.0
 """Longest until no block is lent, no lease stands and no read runs any more."""
 
-# A decode worker is slow at prompts here, so that computing them elsewhere pays.
 ENGINES = {
-    "sim": {
-        "prefill": ("--", "--prefill-tps", "20000", "--itl-ms", "2"),
-        "decode": ("--", "--prefill-tps", "500", "--itl-ms", "2"),
-    },
-    "builtin": {
-        "prefill": ("--model", "tiny", "--", "--max-batch-tokens", "256", "--context", "4096"),
-        "decode": ("--model", "tiny", "--", "--max-batch-tokens", "2", "--context", "4096"),
-    },
+    "sim": ("--", "--itl-ms", "2"),
+    "builtin": ("--model", "tiny", "--", "--max-batch-tokens", "64", "--context", "4096"),
 }
 MODELS = {"sim": "sim", "builtin": "tiny"}
 
@@ -44,13 +37,15 @@ def prompt(tokens: int, seed: int) -> str:
 
 
 class PdCluster:
-    """One frontend, prefill and decode workers of one engine, CURVE on, ``mover`` between them."""
+    """One frontend, prefill and decode workers of one engine, CURVE on, ``mover`` between them. ``always``: every
+    prompt is handed over (:mod:`support.handing_frontend`), else the router decides."""
 
-    def __init__(self, cluster: Cluster, engine: str = "sim", mover: str = "nixl") -> None:
+    def __init__(self, cluster: Cluster, engine: str = "sim", mover: str = "nixl", *, always: bool = True) -> None:
         self.cluster = cluster
         self.engine = engine
         self.mover = mover
-        self.frontend = cluster.frontend("f")
+        program = (sys.executable, *((handing_frontend.__file__,) if always else ("-m", "p2pdyn")))
+        self.frontend = cluster.start("f", "--http", "127.0.0.1:0", engine="none", program=program).wait_ready()
         self.workers: list[NodeProcess] = []
 
     def start(
@@ -68,7 +63,7 @@ class PdCluster:
             hold.mkdir(exist_ok=True)
             program = (sys.executable, held_node.__file__, str(hold))
         node = self.cluster.start(
-            name, "--no-http", "--role", role, "--kv-transfer", self.mover, *(args or ENGINES[self.engine][role]),
+            name, "--no-http", "--role", role, "--kv-transfer", self.mover, *(args or ENGINES[self.engine]),
             engine=self.engine, seeds=[self.frontend], program=program,
         )  # fmt: skip
         self.workers.append(node)
@@ -159,7 +154,7 @@ def reference(
     """What one aggregated worker answers."""
     folder.mkdir()
     with Cluster(folder) as nodes:
-        args = args or ENGINES[engine]["prefill"]
+        args = args or ENGINES[engine]
         node = nodes.start("one", "--http", "127.0.0.1:0", *args, engine=engine).wait_ready(60)
         return [complete(node, MODELS[engine], text, tokens)[0] for text in prompts]
 
