@@ -15,7 +15,7 @@ from support.transfer_engine import BLOCK_BYTES, DEPTH, prompt_keys
 from support.transfers import Process, World
 
 from p2pdyn.core.lease import GRANTED, LEASE_S, QUARANTINED, Reply, longest_read
-from p2pdyn.core.pull import CLAIMING, REPLY_S, StartRead
+from p2pdyn.core.pull import CLAIMING, FAILED, FILLED, REPLY_S, StartRead
 from p2pdyn.core.types import NodeId
 from p2pdyn.wire.requests import Claim, Commit, Committed, Granted, Renew, Renewed, Return
 
@@ -342,4 +342,18 @@ def test_each_trouble_amid_a_transfer(what: str, pace: float) -> None:
         machine: Any = Transfers()
         machine.start(seed, pace, 0.0)
         machine.amid(0, 1, 0, pace, tenths / 10, deaf, what, 3.5)
+        machine.teardown()
+
+
+@pytest.mark.parametrize("fault", ["skewed", "breaking", "slow", "slow and stubborn"])
+def test_each_fault_of_a_mover(fault: str) -> None:
+    for seed in range(4):
+        machine: Any = Transfers()
+        machine.start(seed, 3.0 if "slow" in fault else 0.1, 0.0)
+        machine.world.skewed, machine.world.breaking = float(fault == "skewed"), float(fault == "breaking")
+        machine.world.stubborn = float("stubborn" in fault)
+        machine.prefill(0, 1, 0, DEPTH, 0)
+        machine.pass_time(7.0)
+        borrower = machine.process(1).borrower
+        assert (borrower.outcomes[FILLED], borrower.outcomes[FAILED]) == (0, 1)
         machine.teardown()
