@@ -44,13 +44,13 @@ def engine_options(config: Config, data: DataDir, epoch: int, host: str) -> Engi
     )
 
 
-def served_model(info: EngineInfo, card_digest: str) -> ServedModel:
-    """As gossiped."""
+def served_model(info: EngineInfo, card_digest: str, movable: bool) -> ServedModel:
+    """As gossiped; ``movable``: our movers carry its KV blocks."""
     return ServedModel(
         *(info.model, card_digest, fingerprint(info, card_digest), info.block_size, info.context),
         ranks=info.ranks,
         kv_events=info.kv_events,
-        moves_kv=info.moves_kv or (OURS if info.block_bytes else ""),
+        moves_kv=info.moves_kv or (OURS if movable else ""),
     )
 
 

@@ -353,6 +353,8 @@ class WorkerService:
             self._held[request] = held.key
             while len(self._held) > MAX_HELD:
                 del self._held[next(iter(self._held))]
+        elif self._runner is not None:  # --kv-transfer off, and a frontend that asks all the same
+            self._runner.transfer([base.Release(held.key)])
         self._speed.first_tokens(((held.key, held.cached),), monotonic())
         blocks = len(held.blocks) if lease else 0
         answer = Prefilled(running.rid, running.attempt, self._epoch, lease, blocks, held.cached, held.params)

@@ -162,6 +162,17 @@ def test_blocks_of_a_hand_over_are_named_read_and_proven(run: Callable[[Scenario
     run(scenario)
 
 
+def test_a_worker_that_moves_nothing_holds_nothing(run: Callable[[Scenario], None]) -> None:
+    async def scenario(owner: Owner, asker: Callable[[], Awaitable[Asker]]) -> None:
+        frontend = await asker()
+        owner.service.transfers = None  # --kv-transfer off
+        told = await hand_over(frontend)
+        assert (told.lease, told.blocks) == (0, 0)
+        assert owner.engine.load_report().kv_used == 0
+
+    run(scenario)
+
+
 def test_another_life_of_the_worker_another_asker_and_other_keys_are_refused(run: Callable[[Scenario], None]) -> None:
     async def scenario(owner: Owner, asker: Callable[[], Awaitable[Asker]]) -> None:
         frontend, borrower, thief = await asker(), await asker(), await asker()
