@@ -7,10 +7,10 @@ zeroes.  Reserved blocks of a sequence that still waits for them are the sequenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from struct import Struct
 
-from p2pdyn.engines.base import Held, Pin, Release, Reserved, TransferNote
+from p2pdyn.engines.base import Held, Pin, Release, Reserved, Settle, TransferNote, TransferOrder
 from p2pdyn.engines.memory import TAG_BYTES
 from p2pdyn.engines.paged import PagedBlocks
 
@@ -71,6 +71,17 @@ class Lending:
     def leave(self, key: int, blocks: list[int]) -> None:
         """Reserved blocks, whose references come with them, are left to whoever may write into them."""
         self.foreign[key] = blocks
+
+    def carry_out(self, order: TransferOrder, settle: Callable[[Settle], bool]) -> None:
+        """``settle`` hands a Settle to the sequence that waits for it; False if that is gone."""
+        match order:
+            case Pin():
+                self.pin(order)
+            case Release():
+                self.release(order)
+            case Settle():
+                if not settle(order) and order.over:
+                    self.written(order.key)
 
     def written(self, key: int) -> None:
         """Nobody writes into what was left any more."""

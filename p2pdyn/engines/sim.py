@@ -27,9 +27,7 @@ from p2pdyn.engines.base import (
     EngineInfo,
     EngineOptions,
     Output,
-    Pin,
     Progress,
-    Release,
     Sequence,
     Settle,
     Step,
@@ -189,17 +187,7 @@ class SimEngine:
 
     def transfer(self, order: TransferOrder, now: float) -> None:
         self._stuck = False
-        match order:
-            case Pin():
-                self.lending.pin(order)
-            case Release():
-                self.lending.release(order)
-            case Settle():
-                run = self._prefilling.get(order.key)
-                if run is not None:
-                    self._settle(run, order)
-                elif order.over:
-                    self.lending.written(order.key)
+        self.lending.carry_out(order, self._settle)
 
     def next_step(self, now: float) -> float | None:
         if self._instant or self.lending.waiting:
@@ -297,10 +285,14 @@ class SimEngine:
         self._prefilling[run.key] = run
         return True
 
-    def _settle(self, run: Run, order: Settle) -> None:
-        """The reserved blocks are filled, or not; if something may still write into them, others must be found."""
+    def _settle(self, order: Settle) -> bool:
+        """The reserved blocks are filled, or not; if something may still write into them, others must be found. False:
+        the sequence is gone."""
+        run = self._prefilling.get(order.key)
+        if run is None:
+            return False
         if not run.pull:
-            return
+            return True
         self._backlog -= self._rest(run)
         if order.over:
             filled, run.pull = min(run.registered + order.filled, run.pull), 0
@@ -314,6 +306,7 @@ class SimEngine:
             self._waiting[run.key] = run
             self._waiting.move_to_end(run.key, last=False)
         self._backlog += self._rest(run)
+        return True
 
     def _rest(self, run: Run) -> int:
         """Tokens to prefill here."""

@@ -13,7 +13,7 @@ from array import array
 from bisect import insort
 
 from p2pdyn.core.types import SamplingParams
-from p2pdyn.engines.base import BlocksStored, Pin, Release, Sequence, Settle, TransferOrder
+from p2pdyn.engines.base import BlocksStored, Sequence, Settle, TransferOrder
 from p2pdyn.engines.lending import Lending
 from p2pdyn.engines.paged import KeyChain, PagedBlocks, hash_of, hashes_of
 
@@ -105,17 +105,7 @@ class Scheduler:
     def transfer(self, order: TransferOrder) -> None:
         """See :meth:`p2pdyn.engines.base.Engine.transfer`."""
         self._stuck = False
-        match order:
-            case Pin():
-                self.lending.pin(order)
-            case Release():
-                self.lending.release(order)
-            case Settle():
-                run = self._runs.get(order.key)
-                if run is not None:
-                    self._settle(run, order)
-                elif order.over:
-                    self.lending.written(order.key)
+        self.lending.carry_out(order, self._settle)
 
     def plan(self) -> list[tuple[Run, int]]:
         """What to compute next: (run, up to which token), each at most once."""
@@ -192,10 +182,14 @@ class Scheduler:
             run.pull = self.lending.reserve(run.key, run.blocks, run.keys, run.registered, run.pull)
         return True
 
-    def _settle(self, run: Run, order: Settle) -> None:
-        """The reserved blocks are filled, or not; if something may still write into them, others must be found."""
+    def _settle(self, order: Settle) -> bool:
+        """The reserved blocks are filled, or not; if something may still write into them, others must be found. False:
+        the sequence is gone."""
+        run = self._runs.get(order.key)
+        if run is None:
+            return False
         if not (run.pull and run.admitted):
-            return
+            return True
         if order.over:
             filled, run.pull = min(run.registered + order.filled, run.pull), 0
             run.cached = min(filled * self.block_size, run.prompt_len)
@@ -205,6 +199,7 @@ class Scheduler:
             self._release(run)
             run.pull = 0
             insort(self.waiting, run, key=_order)
+        return True
 
     def _extend(self, run: Run) -> None:
         """Give a decoding run its next block, or put runs back until there is one; itself at last."""
