@@ -8,7 +8,9 @@ where neither is used.  They choose a worker and no more: they are not collision
 
 from __future__ import annotations
 
+import itertools
 import struct
+from functools import lru_cache
 from itertools import repeat
 
 from xxhash import xxh3_64_intdigest
@@ -30,12 +32,20 @@ def root_seed(lora: str = "", salt: str = "") -> int:
 def block_hashes(tokens: bytes, block_size: int, seed: int = HASH_SEED) -> list[int]:
     """The hash of each full block of ``tokens`` (little-endian u32 ids); ``seed`` is block 0's."""
     size = 4 * block_size
-    whole = memoryview(tokens)[: len(tokens) // size * size]
-    blocks = [block for (block,) in struct.iter_unpack(f"{size}s", whole)]  # in half the time of as many slices
+    many, one = _cutters(size)
+    view = memoryview(tokens)
+    whole, head = len(tokens) // size * size, len(tokens) // many.size * many.size
+    blocks = itertools.chain.from_iterable((*many.iter_unpack(view[:head]), *one.iter_unpack(view[head:whole])))
     hashes = list(map(xxh3_64_intdigest, blocks, repeat(HASH_SEED)))
     if hashes and seed != HASH_SEED:
-        hashes[0] = xxh3_64_intdigest(blocks[0], seed)
+        hashes[0] = xxh3_64_intdigest(view[:size], seed)
     return hashes
+
+
+@lru_cache(maxsize=16)
+def _cutters(size: int) -> tuple[struct.Struct, struct.Struct]:
+    """What cuts bytes into blocks of ``size``: 64 at a time, in a third of the time of as many slices, and the rest."""
+    return struct.Struct(f"{size}s" * 64), struct.Struct(f"{size}s")
 
 
 def sequence_hashes(tokens: bytes, block_size: int, seed: int = HASH_SEED) -> list[int]:

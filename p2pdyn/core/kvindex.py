@@ -7,10 +7,11 @@ is given to another only afterwards.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, count, groupby, islice, repeat
-from operator import and_, invert, or_, xor
+from itertools import accumulate, groupby, islice, repeat
+from operator import and_, invert, neg, or_, xor
 
 from p2pdyn.wire.kvpack import DEVICE, HOST, TIERS
 
@@ -252,16 +253,15 @@ class KvIndex:
             for tier in tiers[1:]:
                 held = map(or_, held, map(tier.get, part, repeat(0)))
             masks = list(accumulate(held, and_, initial=standing))
-            if masks[-1] != standing:  # in order, each set that stood, and the last depth at which it did
-                lasts = iter(dict(zip(masks, count(at))).items())
-                standing, depth = next(lasts)
-                for left, last in lasts:
-                    lost = standing ^ left
-                    while depth and lost:
-                        low = lost & -lost
-                        blocks[low.bit_length() - 1] = depth
-                        lost ^= low
-                    standing, depth = left, last
+            end, last = 0, masks[-1]
+            while standing != last:  # sets only lose members, so as numbers they fall: the end of each is bisected
+                end = bisect_right(masks, -standing, end, key=neg)
+                lost, depth = standing ^ masks[end], at + end - 1
+                while depth and lost:
+                    low = lost & -lost
+                    blocks[low.bit_length() - 1] = depth
+                    lost ^= low
+                standing = masks[end]
             if many:
                 course += masks[1:]
             at += len(part)
