@@ -1,8 +1,9 @@
 """When every target has too much to do: who waits in the frontend, in what order, and who is told to come back.
 
 A request that waits here can still be ordered by priority, shared out between clients, cancelled for nothing and sent
-to whichever target is free first; one that waits in an engine can not.  So targets are not filled beyond
-:class:`Limits`, which lie far above what keeps an engine busy until the next load report.
+to whichever target is free first; one that waits in an engine can not.  So a model whose targets all have a supply
+(:func:`supplied`) gets the next request when one of them has begun with an earlier one, and no single target is filled
+beyond :class:`Limits` while another is left.
 """
 
 from __future__ import annotations
@@ -10,18 +11,26 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from math import ceil
+from math import ceil, exp
 
 from p2pdyn.core.request import Failure, Rejected
 from p2pdyn.core.router_target import Target
 
-MAX_QUEUED = 1024
+MAX_QUEUED = 2048
 """Requests waiting in a frontend for one model; one more is answered 429."""
+MAX_QUEUED_TOKENS = 16 * 2**20
+"""Tokens of their prompts: 64 MB."""
 WAIT_S = 60.0
 """Longest wait; few clients have more patience, and most of theirs is needed for the answer."""
 MAX_RETRY_S = 60
-KEEP = 0.9
-"""Weight of the past in the mean time between two admissions."""
+DRAIN_S = 10.0
+"""Memory of the rate at which a queue is served."""
+SUPPLY = 32
+"""Requests of ours without a first token that keep a target busy until it hears of the next: it is told within
+milliseconds of a first token, and few engines begin with more prompts in a step."""
+MIN_SUPPLY = 4
+SUPPLY_S = 0.5
+"""Seconds of queued prefill that do so too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,19 @@ def saturation(target: Target, queue_s: float, limits: Limits) -> str:
     return ""
 
 
+def supplied(target: Target, queue_s: float) -> bool:
+    """Whether ``target`` has enough to begin with until it hears of more; whoever is sent there now waits behind that.
+
+    An engine whose batch is full (requests wait in it) needs only what takes the places that soon become free: a
+    fourth of its batch. ``queue_s`` is its queued prefill, in seconds."""
+    unstarted = target.unstarted
+    if unstarted < MIN_SUPPLY:
+        return unstarted > 1 and queue_s > SUPPLY_S
+    load = target.load
+    enough = max(MIN_SUPPLY, load.active_requests // 4) if load.queued else SUPPLY
+    return unstarted >= enough or queue_s > SUPPLY_S
+
+
 def doubtful(targets: Sequence[Target], queues: Sequence[float], limits: Limits) -> bool:
     """Whether any of ``targets`` may be saturated: False, at little cost, on almost every request."""
     return max(queues, default=0.0) > limits.prefill_s or max(
@@ -64,64 +86,138 @@ def doubtful(targets: Sequence[Target], queues: Sequence[float], limits: Limits)
 class _Waiting:
     key: Hashable
     priority: int
+    client: str
+    cost: float
+    tokens: int
     since: float
+
+
+class _Turns:
+    """Whose turn it is among the clients of one priority: start-time fair queueing (Goyal et al. 1996) over costs.
+
+    A request's tag is where its client's last one ended, or the clock if that is later. The clock advances by what has
+    been served divided by the number of clients that wait, as in generalised processor sharing: so a tag is reached
+    after a bounded number of others, however many new clients come.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, int] = {}
+        """How many each client has; those that have none are not there."""
+        self._clock = 0.0
+        self._ends: dict[str, float] = {}
+
+    def tag(self, client: str, cost: float) -> float:
+        start = max(self._clock, self._ends.pop(client, 0.0))
+        self._ends[client] = start + cost
+        self.waiting[client] = self.waiting.get(client, 0) + 1
+        if len(self._ends) > 2 * len(self.waiting) + 8:
+            self._forget()
+        return start
+
+    def served(self, one: _Waiting) -> None:
+        self._clock += one.cost / len(self.waiting)
+        self._left(one.client)
+
+    def gone(self, one: _Waiting) -> None:
+        """It was not served: its client's next one need not stand behind it."""
+        if one.client in self._ends:
+            self._ends[one.client] -= one.cost
+        self._left(one.client)
+
+    def _left(self, client: str) -> None:
+        self.waiting[client] -= 1
+        if not self.waiting[client]:
+            del self.waiting[client]
+
+    def _forget(self) -> None:
+        """Clients that wait no more and whose end has passed; of others the oldest, who come back no worse for it."""
+        for client in [client for client, end in self._ends.items() if end <= self._clock]:
+            del self._ends[client]
+        away = [client for client in self._ends if client not in self.waiting]
+        for client in away[: max(0, len(self._ends) - 2 * len(self.waiting) - 8)]:
+            del self._ends[client]
 
 
 class Admission:
     """The queue of one model at one frontend.
 
-    Order: priority (as in vLLM, the lower value first), then turns between clients, then arrival.  Turns are start-time
-    fair queueing with every request of equal weight: a client's n-th waiting request stands behind the (n-1)-th ones
-    of all others.  Pure; ``now`` in seconds never goes back.  The caller asks :meth:`next` whenever a target may have
-    room: after load reports, first tokens and ends.
+    Order: priority (as in vLLM, the lower value first), then turns between clients by the cost of their requests, then
+    arrival.  A client may hold as many places as are free, and as many prompt tokens (dynamic thresholds, Choudhury
+    and Hahne 1998): a flood stops at half of the queue, and two at a third each, so that others find a place.  Pure;
+    ``now`` in seconds never goes back.  The caller asks :meth:`next` whenever a target may have room: after load
+    reports, first tokens and ends.
     """
 
-    def __init__(self, limit: int = MAX_QUEUED, wait_s: float = WAIT_S) -> None:
+    def __init__(self, limit: int = MAX_QUEUED, wait_s: float = WAIT_S, max_tokens: int = MAX_QUEUED_TOKENS) -> None:
         self._limit = limit
         self._wait_s = wait_s
+        self._max_tokens = max_tokens
         self._waiting: dict[Hashable, _Waiting] = {}
         """In order of arrival."""
-        self._order: list[tuple[int, int, int, Hashable]] = []
-        self._turns: dict[str, int] = {}
-        """Client -> turn of its last waiting request."""
-        self._turn = 0
+        self._order: list[tuple[int, float, int, Hashable]] = []
+        self._turns: dict[int, _Turns] = {}
+        """By priority."""
+        self._held: dict[str, tuple[int, int]] = {}
+        """Client -> its requests and their prompts' tokens."""
+        self._tokens = 0
         self._arrivals = 0
-        self._gap_s = 0.0
+        self._served = self._busy_s = 0.0
+        """Requests admitted of late, and the time that it took, both decayed with DRAIN_S."""
         self._last: float | None = None
+        """Up to when that is counted: only while somebody waits."""
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def wait(self, key: Hashable, now: float, priority: int = 0, client: str = "", clear_s: float = 0.0) -> None:
-        """Put a request into the queue. Raises Rejected (429) if it is full; ``clear_s`` is the estimate of the
-        seconds until a target has room again, for Retry-After."""
-        if len(self._waiting) >= self._limit:
-            retry = self.retry_after(clear_s)
-            message = f"All workers are saturated and {len(self._waiting)} requests wait; retry in {retry} s."
-            raise Rejected(Failure(429, "overloaded", message, retry))
-        turn = max(self._turn, self._turns.get(client, -1) + 1)
-        self._turns[client] = turn
+    def wait(
+        self,
+        key: Hashable,
+        now: float,
+        priority: int = 0,
+        client: str = "",
+        tokens: int = 1,
+        cost: float = 1.0,
+        clear_s: float = 0.0,
+    ) -> None:
+        """Put a request into the queue. Raises Rejected (429) if it is full, or its client's share is; ``clear_s`` is
+        the estimate of the seconds until a target has room again, for Retry-After. ``tokens`` is its prompt's length,
+        ``cost`` what it takes of a worker, in any one unit."""
+        held, held_tokens = self._held.get(client, (0, 0))
+        free, free_tokens = self._limit - len(self._waiting), self._max_tokens - self._tokens
+        if held >= free or held_tokens + tokens > free_tokens:
+            raise Rejected(self._full(held if free > 0 and tokens <= free_tokens else 0, now, clear_s))
+        if not self._waiting:
+            self._last = now
+        turns = self._turns.get(priority)
+        if turns is None:
+            turns = self._turns[priority] = _Turns()
         self._arrivals += 1
-        self._waiting[key] = _Waiting(key, priority, now)
-        heappush(self._order, (priority, turn, self._arrivals, key))
+        self._waiting[key] = _Waiting(key, priority, client, cost, tokens, now)
+        self._held[client] = held + 1, held_tokens + tokens
+        self._tokens += tokens
+        heappush(self._order, (priority, turns.tag(client, cost), self._arrivals, key))
 
     def next(self, now: float) -> Hashable | None:
         """Take out whose turn it is; None if nobody waits."""
         while self._order:
-            _, turn, _, key = heappop(self._order)
-            if self._waiting.get(key) is None:
+            key = heappop(self._order)[3]
+            one = self._waiting.get(key)
+            if one is None:
                 continue
-            del self._waiting[key]
-            self._turn = max(self._turn, turn)
-            self._admitted(now)
+            self._count(now)
+            self._served += 1.0
+            self._turns[one.priority].served(one)
+            self._remove(one)
             return key
         return None
 
     def cancel(self, key: Hashable) -> bool:
         """The client left. False if it does not wait."""
-        if self._waiting.pop(key, None) is None:
+        one = self._waiting.get(key)
+        if one is None:
             return False
-        self._tidy()
+        self._turns[one.priority].gone(one)
+        self._remove(one)
         return True
 
     def overdue(self, now: float) -> list[tuple[Hashable, Failure]]:
@@ -130,18 +226,19 @@ class Admission:
         for one in self._waiting.values():
             if now - one.since < self._wait_s:
                 break
-            late.append(one.key)
-        for key in late:
-            del self._waiting[key]
-        self._tidy()
-        retry = self.retry_after()
+            late.append(one)
+        retry = self.retry_after(now)
+        for one in late:
+            self.cancel(one.key)
         message = f"All workers have been saturated for {self._wait_s:g} s; retry in {retry} s."
-        return [(key, Failure(429, "overloaded", message, retry)) for key in late]
+        return [(one.key, Failure(429, "overloaded", message, retry)) for one in late]
 
-    def retry_after(self, clear_s: float = 0.0) -> int:
-        """Whole seconds until the queue as it is will have been served: its length times the mean time between two
-        admissions, but not before ``clear_s``."""
-        return min(MAX_RETRY_S, max(1, ceil(max(clear_s, len(self._waiting) * self._gap_s))))
+    def retry_after(self, now: float, clear_s: float = 0.0, ahead: int | None = None) -> int:
+        """Whole seconds until the queue as it is, or ``ahead`` requests of it, will have been served, at the rate
+        measured, but not before ``clear_s``."""
+        busy_s = self._busy_s + (now - self._last if self._last is not None else 0.0)
+        each_s = busy_s / max(1.0, self._served)
+        return min(MAX_RETRY_S, max(1, ceil(max(clear_s, (len(self) if ahead is None else ahead) * each_s))))
 
     def next_deadline(self) -> float | None:
         """When :meth:`overdue` has something to say."""
@@ -149,19 +246,36 @@ class Admission:
             return one.since + self._wait_s
         return None
 
-    def _admitted(self, now: float) -> None:
-        """Time between admissions counts only while somebody waits for one."""
-        if self._last is not None:
-            gap = now - self._last
-            self._gap_s = KEEP * self._gap_s + (1 - KEEP) * gap if self._gap_s else gap
-        self._last = now if self._waiting else None
-        self._tidy()
+    def _full(self, held: int, now: float, clear_s: float) -> Failure:
+        """``held``: what the client has waiting, if that is why; its own are served in turn with the others'."""
+        if not held:
+            retry = self.retry_after(now, clear_s)
+            message = f"All workers are saturated and {len(self)} requests wait; retry in {retry} s."
+        else:
+            retry = self.retry_after(now, clear_s, min(len(self), held * len(self._held)))
+            message = f"All workers are saturated and {held} of your requests wait already; retry in {retry} s."
+        return Failure(429, "overloaded", message, retry)
 
-    def _tidy(self) -> None:
+    def _count(self, now: float) -> None:
+        if self._last is None:
+            return
+        elapsed, self._last = now - self._last, now
+        keep = exp(-elapsed / DRAIN_S)
+        self._served *= keep
+        self._busy_s = self._busy_s * keep + elapsed
+
+    def _remove(self, one: _Waiting) -> None:
+        del self._waiting[one.key]
+        self._tokens -= one.tokens
+        held, tokens = self._held[one.client]
+        if held > 1:
+            self._held[one.client] = held - 1, tokens - one.tokens
+        else:
+            del self._held[one.client]
+        if not self._turns[one.priority].waiting:
+            del self._turns[one.priority]
         if not self._waiting:
             self._order.clear()
-            self._turns.clear()
-            self._turn = 0
             self._last = None
         elif len(self._order) > 2 * len(self._waiting) + 64:
             self._order = [entry for entry in self._order if entry[3] in self._waiting]

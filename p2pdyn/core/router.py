@@ -24,7 +24,7 @@ from typing import NamedTuple, Protocol
 
 from xxhash import xxh3_64_intdigest
 
-from p2pdyn.core.admission import DEFAULT_LIMITS, Limits, doubtful, saturation
+from p2pdyn.core.admission import DEFAULT_LIMITS, Limits, doubtful, saturation, supplied
 from p2pdyn.core.disagg import Verdict
 from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, POLICIES, Pull, View, pull_to
 from p2pdyn.core.router_predict import Predictions
@@ -156,6 +156,22 @@ class Router:
         """Whether none of ``targets`` should get more now."""
         limits = self.limits
         return limits is not None and all(saturation(target, target.queue_s(now), limits) for target in targets)
+
+    def busy(self, targets: Sequence[Target], now: float) -> bool:
+        """Whether all of ``targets`` are saturated, or have enough to begin with until they hear of more."""
+        limits = self.limits
+        if limits is None:
+            return False
+        for target in targets:
+            queue_s = target.queue_s(now)
+            if not supplied(target, queue_s) and not saturation(target, queue_s, limits):
+                return False
+        return True
+
+    @property
+    def expected_output(self) -> float:
+        """Tokens of an answer: a running mean."""
+        return self._output
 
     def clear_s(self, targets: Sequence[Target], now: float) -> float:
         """Seconds until the first of saturated ``targets`` has worked its prefill queue down to the limit."""

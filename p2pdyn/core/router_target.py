@@ -47,8 +47,8 @@ class Target:
     __slots__ = (
         "_as_of", "_assumed_tps", "_open", "_recent", "_reported", "_tokens", "_worked", "approximate",
         "block_pull_s", "decode_blocks", "itl_per_block_s", "load", "moves_kv", "my_blocks", "my_pending", "others",
-        "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "tps", "waits", "work",
-        "worker",
+        "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "tps", "unstarted", "waits",
+        "work", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -83,6 +83,8 @@ class Target:
         """Prompt tokens that we sent it, those of long ago for little: see :meth:`recent_s`."""
         self.my_pending = 0
         """Uncached prompt tokens of our requests there that have no first token yet."""
+        self.unstarted = 0
+        """Our requests there that have no first token yet."""
         self.my_blocks = 0
         """Blocks of our open requests there."""
         self.promised = 0
@@ -136,6 +138,7 @@ class Target:
         self._as_of = now
         self._open[key] = _Open(uncached, blocks)
         self.my_pending += uncached
+        self.unstarted += uncached > 0
         self.my_blocks += blocks
         self.waits = True
         self._count()
@@ -165,6 +168,7 @@ class Target:
         one = self._open.get(key)
         if one is not None:
             self.my_pending -= one.uncached
+            self.unstarted -= one.uncached > 0
             one.uncached = 0
 
     def finished(self, key: Hashable, now: float) -> None:
@@ -174,6 +178,7 @@ class Target:
         if one is None:
             return
         self.my_pending -= one.uncached
+        self.unstarted -= one.uncached > 0
         self.my_blocks -= one.blocks
         self._count()
         if one.uncached:

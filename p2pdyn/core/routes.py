@@ -217,18 +217,19 @@ class Routes:
             )
         return Ask(len(tokens), hashes, model.block_size, job.pin, job.session, exclude), model.targets
 
-    # The queue before saturated targets.
+    # The queue before targets that have enough to do.
 
     def must_wait(self, model: str, now: float) -> bool:
-        """All targets are saturated, or others wait already."""
+        """All targets have enough to begin with, or others wait already."""
         known = self._models.get(model)
-        return known is not None and bool(known.targets) and (len(known.queue) > 0 or self._saturated(known, now))
+        return known is not None and bool(known.targets) and (len(known.queue) > 0 or self._busy(known, now))
 
     def wait(self, rid: int, job: Job, now: float) -> None:
         """Put a request into its model's queue. Raises Rejected (429) if it is full."""
-        model = self._models[job.model]
+        model, params, tokens = self._models[job.model], job.params, len(job.tokens)
+        cost = tokens + min(params.max_tokens, self.router.expected_output)
         clear_s = self.router.clear_s(model.targets, now)
-        model.queue.wait(rid, now, priority=job.params.priority, client=job.client, clear_s=clear_s)
+        model.queue.wait(rid, now, params.priority, job.client, tokens, cost, clear_s)
         self.crowded.add(job.model)
 
     def leave(self, rid: int, job: Job) -> None:
@@ -241,7 +242,7 @@ class Routes:
         """Whose turn it is; None if nobody waits or there is no room. With no target left, all may leave the queue."""
         known = self._models[model]
         rid = None
-        if not known.targets or not self._saturated(known, now):
+        if not known.targets or not self._busy(known, now):
             rid = known.queue.next(now)
         if not len(known.queue):
             self.crowded.discard(model)
@@ -260,8 +261,8 @@ class Routes:
 
     # Inside.
 
-    def _saturated(self, model: _Model, now: float) -> bool:
-        return self.router.saturated(model.targets, now)
+    def _busy(self, model: _Model, now: float) -> bool:
+        return self.router.busy(model.targets, now)
 
     def _target(self, one: Endpoint) -> Target:
         key = (one.worker, one.rank)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from p2pdyn.core import admission
-from p2pdyn.core.admission import MAX_QUEUED
+from p2pdyn.core.admission import MAX_QUEUED, SUPPLY
 from p2pdyn.core.flight import MAX_WAITING, MIGRATION_LIMIT, WAIT_S, Abandon, Dispatch, Flights
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected
 from p2pdyn.core.router import Router
@@ -60,8 +60,8 @@ def serving(*workers: NodeId) -> dict[str, Serving]:
     return {MODEL: Serving(16, tuple(Endpoint(worker, 0, True) for worker in workers))}
 
 
-def job(resumable: bool = True, pin: str = "") -> Job:
-    return Job(MODEL, array("I", [1, 2, 3]), SamplingParams(), resumable=resumable, pin=pin)
+def job(resumable: bool = True, pin: str = "", client: str = "") -> Job:
+    return Job(MODEL, array("I", [1, 2, 3]), SamplingParams(), resumable=resumable, pin=pin, client=client)
 
 
 def submit(flights: Flights, resumable: bool = True) -> tuple[Recorder, Dispatch]:
@@ -218,16 +218,45 @@ def test_a_full_queue_is_429_and_a_long_wait_too() -> None:
     flights = make_flights(A)
     flights.report(A, 0, Load(queued=1000), 0.0)
     waiting = [Recorder() for _ in range(MAX_QUEUED)]
-    for sink in waiting:
-        flights.submit(job(), sink, 0.0)
+    for number, sink in enumerate(waiting):
+        flights.submit(job(client=str(number)), sink, 0.0)
     with pytest.raises(Rejected) as refused:
-        flights.submit(job(), Recorder(), 0.0)
+        flights.submit(job(client="late"), Recorder(), 0.0)
     assert refused.value.failure.status == 429
     assert refused.value.failure.retry_after
     assert flights.tick(admission.WAIT_S - 1) == []
     flights.tick(admission.WAIT_S)
     assert {sink.ends[0].failure.status for sink in waiting if sink.ends[0].failure} == {429}
     assert not flights.open
+
+
+def test_a_flood_waits_here_and_another_client_goes_next() -> None:
+    """The worker says nothing of its load: what was sent and has not begun is known without it."""
+    flights = make_flights(A)
+    sent = [action for _ in range(500) for action in flights.submit(job(client="flood"), Recorder(), 0.0)[1]]
+    assert len(sent) == SUPPLY
+    modest = Recorder()
+    flights.submit(job(client="modest"), modest, 0.1)
+    begun = [delta(dispatch, 0, 7) for dispatch in sent[:2] if isinstance(dispatch, Dispatch)]
+    assert len(flights.tokens(A, begun, 0.2)) == 2
+    assert modest.routed == [A]
+    # Whoever ends before it has begun makes room too.
+    assert isinstance(flights.cancel(sent[2].rid, 0.3)[-1], Dispatch)
+
+
+def test_a_worker_whose_batch_is_full_gets_what_soon_becomes_free() -> None:
+    flights = make_flights(A)
+    flights.report(A, 0, Load(active_requests=64, queued=3), 0.0)
+    sent = [action for _ in range(100) for action in flights.submit(job(), Recorder(), 0.0)[1]]
+    assert len(sent) == 64 // 4
+    assert len(flights.report(A, 0, Load(active_requests=64), 0.1)) == SUPPLY - len(sent)
+
+
+def test_long_prompts_are_a_supply_by_their_tokens() -> None:
+    flights = make_flights(A)
+    flights.report(A, 0, Load(prefill_tps=1000.0), 0.0)
+    long = Job(MODEL, array("I", range(400)), SamplingParams())
+    assert len([action for _ in range(9) for action in flights.submit(long, Recorder(), 0.0)[1]]) == 2
 
 
 def test_a_queued_request_can_be_cancelled_and_outlives_its_workers() -> None:
