@@ -258,7 +258,7 @@ class Node:
             if config.role != AGGREGATED:
                 transfers.start()
             self.stack.push_async_callback(transfers.close)
-        models = (serving.served_model(info, digest, transfers is not None),)
+        models = (serving.served_model(info, digest, config.kv_transfer if transfers is not None else "off"),)
         self._tell(state=READY, progress=1.0, detail="", engine=info.engine, engine_version=info.version, models=models)
         if transfers is not None:
             for peer in list(self.mesh.peers.values()):

@@ -24,10 +24,6 @@ TCP_PORT = 3
 SIDE_PORT = 4
 """... and where an engine's own connector exchanges its metadata (vLLM: one port a data-parallel rank from here on)."""
 
-OURS = "ours"
-"""KV blocks that our movers carry, in ``ServedModel.moves_kv``."""
-
-
 def engine_options(config: Config, data: DataDir, epoch: int, host: str) -> EngineOptions:
     """``host``: the address that other peers reach this one by."""
     return EngineOptions(
@@ -44,14 +40,22 @@ def engine_options(config: Config, data: DataDir, epoch: int, host: str) -> Engi
     )
 
 
-def served_model(info: EngineInfo, card_digest: str, movable: bool) -> ServedModel:
-    """As gossiped; ``movable``: our movers carry its KV blocks."""
+def served_model(info: EngineInfo, card_digest: str, kv_transfer: str) -> ServedModel:
+    """As gossiped; ``kv_transfer``: which movers of ours carry its KV blocks, "off" if none does."""
     return ServedModel(
         *(info.model, card_digest, fingerprint(info, card_digest), info.block_size, info.context),
         ranks=info.ranks,
         kv_events=info.kv_events,
-        moves_kv=info.moves_kv or (OURS if movable else ""),
+        moves_kv=info.moves_kv or _means(kv_transfer),
     )
+
+
+def _means(kv_transfer: str) -> str:
+    if kv_transfer == "off":
+        return ""
+    from p2pdyn.transfer.choose import means
+
+    return "+".join([f"p2p-{name}" for name in means(kv_transfer)])
 
 
 def fingerprint(info: EngineInfo, card_digest: str) -> str:

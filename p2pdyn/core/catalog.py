@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from p2pdyn.core.types import AGGREGATED, DECODE, FRONTEND, PREFILL, READY, ROLES, NodeId, PeerInfo, ServedModel
+from p2pdyn.core.types import (
+    AGGREGATED,
+    DECODE,
+    FRONTEND,
+    PREFILL,
+    READY,
+    ROLES,
+    NodeId,
+    PeerInfo,
+    ServedModel,
+    moves_alike,
+)
 
 
 @dataclass(slots=True)
@@ -43,7 +54,7 @@ class Model:
             return (
                 f"{model} has decode workers alone, which compute each prompt themselves: start one with --role prefill"
             )
-        if decode and prefill and not decode & prefill - {""}:
+        if decode and prefill and not any(moves_alike(one, other) for one in decode for other in prefill):
             return f"{model} has no prefill and decode worker that move KV blocks alike: see --engine and --kv-transfer"
         return ""
 

@@ -31,7 +31,7 @@ from p2pdyn.core.router import Decision
 from p2pdyn.core.router_cost import Pull
 from p2pdyn.core.router_target import Target
 from p2pdyn.core.routes import Routes, Serving
-from p2pdyn.core.types import DECODE, Load, NodeId
+from p2pdyn.core.types import DECODE, Load, NodeId, moves_alike
 from p2pdyn.wire.requests import Prefilled, Row
 
 MIGRATION_LIMIT = 3
@@ -345,8 +345,8 @@ class Flights:
         flight.sink.on_routed(worker)
         return [*actions, dispatch] if actions else [dispatch]
 
-    def _usable(self, lent: _Lent, target: Target) -> bool:
-        return lent.source.moves_kv == target.moves_kv and self.routes.current(lent.source)
+    def _usable(self, lent: Lent, target: Target) -> bool:
+        return moves_alike(lent.source.moves_kv, target.moves_kv) and self.routes.current(lent.source)
 
     def _prefix(self, pull: Pull) -> Transfer:
         self.pulls += 1

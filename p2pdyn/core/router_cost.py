@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from p2pdyn.core.disagg import OVERHEAD_S
 from p2pdyn.core.router_target import Target
-from p2pdyn.core.types import NodeId
+from p2pdyn.core.types import NodeId, moves_alike
 
 MISS_WEIGHT = 6.0
 """Of a block that one other target holds for one conversation."""
@@ -105,7 +105,7 @@ def pull_to(view: View, position: int) -> Pull | None:
 
 
 def _may_read(target: Target, source: Target) -> bool:
-    return source.worker != target.worker and source.moves_kv == target.moves_kv
+    return source.worker != target.worker and moves_alike(source.moves_kv, target.moves_kv)
 
 
 def _lender(view: View) -> int:

@@ -10,7 +10,7 @@ known of its load is not forgotten when it is back.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from p2pdyn.core.kvhash import root_seed, sequence_hashes
 from p2pdyn.core.request import Failure, Job
 from p2pdyn.core.router import Ask, Decision, Prefill, Router
 from p2pdyn.core.router_target import Target
-from p2pdyn.core.types import AGGREGATED, DECODE, PREFILL, Load, NodeId
+from p2pdyn.core.types import AGGREGATED, DECODE, PREFILL, Load, NodeId, moves_alike
 from p2pdyn.wire.kvpack import little
 
 HASHING = ("kv", "kv-dynamo")
@@ -132,10 +132,12 @@ class Routes:
 
     # Decisions.
 
-    def choose(self, job: Job, tokens: array[int], failed: NodeId | None, now: float) -> Decision | None:
+    def choose(
+        self, job: Job, tokens: array[int], failed: NodeId | None, now: float, taken: Collection[NodeId] = ()
+    ) -> Decision | None:
         """Where ``tokens`` (the prompt and what has been generated) should go, but not to ``failed`` if there is
-        another; None: nobody may take it."""
-        found = self._ask(job, tokens, failed)
+        another, and never to workers that are ``taken``; None: nobody may take it."""
+        found = self._ask(job, tokens, failed, taken)
         if found is None:
             return None
         decision = self.router.choose(*found, now)
@@ -179,7 +181,7 @@ class Routes:
             able = [
                 one
                 for one in self._models[job.model].prefills
-                if one.moves_kv == target.moves_kv and one.worker != failed
+                if moves_alike(one.moves_kv, target.moves_kv) and one.worker != failed
             ]
             found = self.hand_overs.explain(Ask(ask.tokens, ask.hashes, size), able, now)
         pull = decision.pull
@@ -202,12 +204,17 @@ class Routes:
         decision.prefill = Prefill(there, verdict)
         return found if verdict.remote else None
 
-    def _ask(self, job: Job, tokens: array[int], failed: NodeId | None) -> tuple[Ask, list[Target]] | None:
+    def _ask(
+        self, job: Job, tokens: array[int], failed: NodeId | None, taken: Collection[NodeId] = ()
+    ) -> tuple[Ask, list[Target]] | None:
         model = self._models.get(job.model)
-        if model is None or not model.targets:
+        if model is None:
+            return None
+        targets = [target for target in model.targets if target.worker not in taken] if taken else model.targets
+        if not targets:
             return None
         exclude: tuple[NodeId, ...] = ()
-        if failed is not None and not job.pin and any(target.worker != failed for target in model.targets):
+        if failed is not None and not job.pin and any(target.worker != failed for target in targets):
             exclude = (failed,)
         hashes: list[int] = []
         if self._hashing:
@@ -215,7 +222,7 @@ class Routes:
             hashes = sequence_hashes(
                 little(tokens).tobytes(), model.block_size, root_seed(params.lora, params.cache_salt)
             )
-        return Ask(len(tokens), hashes, model.block_size, job.pin, job.session, exclude), model.targets
+        return Ask(len(tokens), hashes, model.block_size, job.pin, job.session, exclude), targets
 
     # The queue before targets that have enough to do.
 

@@ -99,8 +99,8 @@ class ServedModel:
 
     ``card`` is the model card's content hash (32 hex digits) by which a frontend fetches it; ``fingerprint`` is what
     two workers must share to be routed together (block size, card, weights, hash parameters).  ``moves_kv`` names what
-    carries KV blocks to another worker ("ours", or an engine's own connector: "nixl"): of two that say the same, one
-    can hand its over to the other; "" means to nobody.
+    carries KV blocks to another worker, several joined by "+" ("p2p-nixl+p2p-tcp", or an engine's own connector:
+    "nixl"): see :func:`moves_alike`; "" means nothing does.
     """
 
     name: str
@@ -111,6 +111,11 @@ class ServedModel:
     ranks: int = 1
     kv_events: bool = False
     moves_kv: str = ""
+
+
+def moves_alike(one: str, other: str) -> bool:
+    """Whether of two workers that say this as ``moves_kv``, one can hand its KV blocks over to the other."""
+    return bool(one) and (one == other or not set(one.split("+")).isdisjoint(other.split("+")))
 
 
 @dataclass(frozen=True, slots=True)

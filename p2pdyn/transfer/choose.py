@@ -21,6 +21,13 @@ INSTALL = "run `pip install --no-deps nixl nixl-cu12` (nixl-cu13 for CUDA 13)"
 """Its other dependency is torch, which moving host memory does not need."""
 
 
+def means(kind: str) -> tuple[str, ...]:
+    """The movers that :func:`choose` makes for ``kind`` on this host, the better one first."""
+    if kind == "auto":
+        return ("nixl", "tcp") if _has_nixl() else ("tcp",)
+    return (kind,)
+
+
 def choose(
     kind: str,
     sockets: Sockets,

@@ -86,6 +86,8 @@ def test_a_model_is_known_from_when_its_last_worker_left_not_from_the_last_chang
         ([("prefill", "ours"), ("prefill", "ours")], 0, "prefill workers alone, which answer nothing"),
         ([("prefill", "ours"), ("aggregated", "ours")], 1, "nobody that they could compute for"),
         ([("decode", "ours"), ("decode", "ours")], 2, "decode workers alone, which compute each prompt themselves"),
+        ([("prefill", "p2p-nixl+p2p-tcp"), ("decode", "p2p-tcp")], 1, ""),
+        ([("prefill", "p2p-nixl"), ("decode", "p2p-tcp")], 1, "no prefill and decode worker that move KV blocks alike"),
         ([("prefill", "ours"), ("decode", "nixl")], 1, "no prefill and decode worker that move KV blocks alike"),
         ([("prefill", ""), ("decode", "")], 1, "no prefill and decode worker that move KV blocks alike"),
     ],

@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from p2pdyn.core.flight import MIGRATION_LIMIT, WAIT_S, Abandon, Action, Dispatch, Flights, Transfer
+from p2pdyn.core.flight import MIGRATION_LIMIT, WAIT_S, Flights
+from p2pdyn.core.flight_parts import Abandon, Action, Dispatch, Transfer
 from p2pdyn.core.kvhash import chain
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome
@@ -186,7 +187,7 @@ def test_decode_workers_alone_compute_for_themselves() -> None:
     assert (flights.prefills_remote, flights.prefills_local) == (0, 1)
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [("", ""), ("ours", "nixl"), ("nixl", ""), ("", "ours")])
+@pytest.mark.parametrize(("prefill", "decode"), [("", ""), ("p2p-nixl", "p2p-tcp"), ("nixl", ""), ("", "ours")])
 def test_workers_that_do_not_move_kv_alike_are_not_paired(prefill: str, decode: str) -> None:
     flights = make_flights()
     rows = (Endpoint(P, 0, True, PREFILL, prefill), Endpoint(D, 0, True, DECODE, decode))

@@ -22,6 +22,22 @@ from p2pdyn.wire.transfer import Description, Offer
 Owners = Callable[..., OwnerProcess]
 
 
+@pytest.mark.parametrize(
+    ("kind", "installed", "names"),
+    [
+        ("auto", True, ("nixl", "tcp")),
+        ("auto", False, ("tcp",)),
+        ("nixl", True, ("nixl",)),
+        ("tcp", True, ("tcp",)),
+    ],
+)
+def test_what_peers_are_told_a_worker_can_move_by(
+    kind: str, installed: bool, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_has_nixl", lambda: installed)
+    assert module.means(kind) == names
+
+
 def choose_once(kind: str, check: Callable[[Mover], None]) -> None:
     async def main() -> None:
         sockets = Sockets(Security.insecure())
