@@ -15,6 +15,7 @@ from math import ceil, exp
 
 from p2pdyn.core.request import Failure, Rejected
 from p2pdyn.core.router_target import Target
+from p2pdyn.core.share import Share
 
 MAX_QUEUED = 2048
 """Requests waiting in a frontend for one model; one more is answered 429."""
@@ -142,24 +143,21 @@ class Admission:
     """The queue of one model at one frontend.
 
     Order: priority (as in vLLM, the lower value first), then turns between clients by the cost of their requests, then
-    arrival.  A client may hold as many places as are free, and as many prompt tokens (dynamic thresholds, Choudhury
-    and Hahne 1998): a flood stops at half of the queue, and two at a third each, so that others find a place.  Pure;
-    ``now`` in seconds never goes back.  The caller asks :meth:`next` whenever a target may have room: after load
-    reports, first tokens and ends.
+    arrival.  A client may hold as many places as are free, and as many prompt tokens: a flood stops at half of the
+    queue, and two at a third each, so that others find a place (:class:`~p2pdyn.core.share.Share`).  Pure; ``now`` in
+    seconds never goes back.  The caller asks :meth:`next` whenever a target may have room: after load reports, first
+    tokens and ends.
     """
 
     def __init__(self, limit: int = MAX_QUEUED, wait_s: float = WAIT_S, max_tokens: int = MAX_QUEUED_TOKENS) -> None:
-        self._limit = limit
         self._wait_s = wait_s
-        self._max_tokens = max_tokens
+        self._places = Share(limit)
+        self._tokens = Share(max_tokens)
         self._waiting: dict[Hashable, _Waiting] = {}
         """In order of arrival."""
         self._order: list[tuple[int, float, int, Hashable]] = []
         self._turns: dict[int, _Turns] = {}
         """By priority."""
-        self._held: dict[str, tuple[int, int]] = {}
-        """Client -> its requests and their prompts' tokens."""
-        self._tokens = 0
         self._arrivals = 0
         self._served = self._busy_s = 0.0
         """Requests admitted of late, and the time that it took, both decayed with DRAIN_S."""
@@ -182,10 +180,10 @@ class Admission:
         """Put a request into the queue. Raises Rejected (429) if it is full, or its client's share is; ``clear_s`` is
         the estimate of the seconds until a target has room again, for Retry-After. ``tokens`` is its prompt's length,
         ``cost`` what it takes of a worker, in any one unit."""
-        held, held_tokens = self._held.get(client, (0, 0))
-        free, free_tokens = self._limit - len(self._waiting), self._max_tokens - self._tokens
-        if held >= free or held_tokens + tokens > free_tokens:
-            raise Rejected(self._full(held if free > 0 and tokens <= free_tokens else 0, now, clear_s))
+        places, held = self._places, self._tokens
+        if not (places.allows(client) and held.allows(client, tokens)):
+            share = places.free > 0 and tokens <= held.free
+            raise Rejected(self._full(places.of(client) if share else 0, now, clear_s))
         if not self._waiting:
             self._last = now
         turns = self._turns.get(priority)
@@ -193,8 +191,8 @@ class Admission:
             turns = self._turns[priority] = _Turns()
         self._arrivals += 1
         self._waiting[key] = _Waiting(key, priority, client, cost, tokens, now)
-        self._held[client] = held + 1, held_tokens + tokens
-        self._tokens += tokens
+        places.take(client)
+        held.take(client, tokens)
         heappush(self._order, (priority, turns.tag(client, cost), self._arrivals, key))
 
     def next(self, now: float) -> Hashable | None:
@@ -252,7 +250,7 @@ class Admission:
             retry = self.retry_after(now, clear_s)
             message = f"All workers are saturated and {len(self)} requests wait; retry in {retry} s."
         else:
-            retry = self.retry_after(now, clear_s, min(len(self), held * len(self._held)))
+            retry = self.retry_after(now, clear_s, min(len(self), held * len(self._places.held)))
             message = f"All workers are saturated and {held} of your requests wait already; retry in {retry} s."
         return Failure(429, "overloaded", message, retry)
 
@@ -266,12 +264,8 @@ class Admission:
 
     def _remove(self, one: _Waiting) -> None:
         del self._waiting[one.key]
-        self._tokens -= one.tokens
-        held, tokens = self._held[one.client]
-        if held > 1:
-            self._held[one.client] = held - 1, tokens - one.tokens
-        else:
-            del self._held[one.client]
+        self._places.give(one.client)
+        self._tokens.give(one.client, one.tokens)
         if not self._turns[one.priority].waiting:
             del self._turns[one.priority]
         if not self._waiting:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from p2pdyn.core.admission import MAX_RETRY_S, Admission, Limits, _Turns, saturation
 from p2pdyn.core.request import Rejected
 from p2pdyn.core.router_target import Target
+from p2pdyn.core.share import Share
 from p2pdyn.core.types import Load, NodeId
 
 
@@ -270,7 +271,7 @@ def test_what_it_remembers_of_clients_is_bounded() -> None:
 def remembered(thing: object, seen: set[int] | None = None) -> int:
     """Entries of all containers of ``thing``."""
     seen = set() if seen is None else seen
-    if id(thing) in seen or not isinstance(thing, dict | list | Admission | _Turns):
+    if id(thing) in seen or not isinstance(thing, dict | list | Admission | Share | _Turns):
         return 0
     seen.add(id(thing))
     if isinstance(thing, dict | list):
