@@ -109,7 +109,7 @@ def command(context: click.Context, /, supervised_by: int | None, **flags: objec
     """Start a peer on this host: a worker with its engine, the OpenAI endpoint, or both.
 
     Prints one line, `ready node=...`, when it serves. SIGTERM or Ctrl-C lets running requests finish, a second one does
-    not; SIGHUP reads --api-key-file, --tls-cert and --tls-key again. Each option is also a variable
+    not; SIGHUP reads --cluster-key, --api-key-file, --tls-cert and --tls-key again. Each option is also a variable
     (P2PDYN_SEEDS_FILE for --seeds-file) and a line of the --config file (seeds_file = "..."); options win over
     variables, those over the file.
     """

@@ -39,10 +39,12 @@ from p2pdyn.net.reach import reach
 from p2pdyn.net.seeds import Seeds
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker import WorkerService
+from p2pdyn.reload import Part, reload_when, take_cluster_key
 from p2pdyn.report import cluster_report, mesh_metrics
 from p2pdyn.text.card import digest_of
 
 if TYPE_CHECKING:
+    from p2pdyn.net.mdns import Mdns
     from p2pdyn.net.transfers import Owner, Transfers
 
 log = logging.getLogger(__name__)
@@ -69,9 +71,9 @@ async def run(
     reload: asyncio.Event | None = None,
     seen: Seen | None = None,
 ) -> int:
-    """Run one peer until ``stop`` is set (again: at once); the exit code. Each time ``reload`` is set, the endpoint's
-    API keys and certificate are read again. ``seen`` hears of each peer's state as this one sees it, once this one's
-    frontend knows it too.
+    """Run one peer until ``stop`` is set (again: at once); the exit code. Each time ``reload`` is set, the cluster key,
+    and the endpoint's API keys and certificate, are read again. ``seen`` hears of each peer's state as this one sees
+    it, once this one's frontend knows it too.
 
     Raises ConfigError and StartError with one sentence each.
     """
@@ -101,6 +103,7 @@ class Node:
         self.runner: Runner | None = None
         self.dispatcher: Any = None
         self.http: Any = None
+        self.mdns: Mdns | None = None
         self.tasks: list[asyncio.Task[Any]] = []
         self.mesh: Mesh
         self.told_progress = 0.0
@@ -127,7 +130,7 @@ class Node:
         if config.http is not None:
             await self._start_http(sockets)
         if reload is not None:
-            self._background(self._reload_when(reload))
+            self._background(reload_when(reload, self._reloads))
         self.mesh.start()
         await self._introduce(security, listen)
         log.info("node %s listens on %s (%s)", self.data.node, self.mesh.address, listen.why)
@@ -224,7 +227,7 @@ class Node:
             from p2pdyn.net.mdns import Mdns
 
             complaints = self.sockets.complaints
-            mdns = Mdns(
+            mdns = self.mdns = Mdns(
                 node=self.data.node,
                 cluster=config.cluster,
                 name=config.name,
@@ -304,20 +307,15 @@ class Node:
             self.info.role,
         )
 
-    async def _reload_when(self, asked: asyncio.Event) -> None:
-        """Certificates are renewed and keys replaced while the endpoint serves; files that cannot be used change
-        nothing."""
-        while True:
-            await asked.wait()
-            asked.clear()
-            if self.http is None:
-                log.info("nothing to read again: this node has no HTTP endpoint")
-                continue
-            try:
-                self.http.reload()
-                log.info("API keys and TLS certificate were read again")
-            except (OSError, ValueError) as error:
-                log.error("not read again, the API keys and certificate in use stay: %s", error)
+    def _reloads(self) -> list[Part]:
+        """What is read again at SIGHUP."""
+        parts: list[Part] = []
+        key, http = self.config.cluster_key, self.http
+        if key is not None:
+            parts.append(("cluster key", lambda: take_cluster_key(key, self.sockets, self.mdns)))
+        if http is not None:
+            parts.append(("API keys and TLS certificate", http.reload))
+        return parts
 
     # Serve and stop.
 

@@ -49,7 +49,7 @@ READY_LINE = re.compile(r"ready node=(?P<node>\S+) mesh=\S+ http=\S+ model=(?P<m
 
 
 async def run(config: Config, *, ready: node.Ready, stop: asyncio.Event, reload: asyncio.Event | None = None) -> int:
-    """Run peer 0 and its workers until ``stop`` is set (again: at once); the exit code. ``reload`` is peer 0's.
+    """Run peer 0 and its workers until ``stop`` is set (again: at once); the exit code. ``reload`` is for all of them.
 
     Raises ConfigError and StartError as :func:`p2pdyn.node.run` does.
     """
@@ -78,11 +78,13 @@ class Supervisor:
         self._finished: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def run(self, stop: asyncio.Event, reload: asyncio.Event | None = None) -> int:
-        stop_peer = asyncio.Event()
+        stop_peer, reload_peer = asyncio.Event(), asyncio.Event()
         peer = asyncio.create_task(
-            node.run(self.config.frontend(), ready=self._peer_ready, stop=stop_peer, reload=reload, seen=self._saw)
+            node.run(self.config.frontend(), ready=self._peer_ready, stop=stop_peer, reload=reload_peer, seen=self._saw)
         )
-        signals = asyncio.create_task(self._forward(stop))
+        forwards = [asyncio.create_task(self._forward(stop))]
+        if reload is not None:
+            forwards.append(asyncio.create_task(self._forward_reload(reload, reload_peer)))
         try:
             await asyncio.wait([peer, self._finished], return_when=asyncio.FIRST_COMPLETED)
             if self._finished.done():
@@ -95,16 +97,27 @@ class Supervisor:
             return peer.result()
         finally:
             self._closed = True
-            signals.cancel()
+            for task in forwards:
+                task.cancel()
             self._kill_all()
             peer.cancel()
-            await asyncio.gather(signals, peer, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*forwards, peer, *self._tasks, return_exceptions=True)
 
     async def _forward(self, stop: asyncio.Event) -> None:
         while True:
             await stop.wait()
             stop.clear()
             self._handle(Stop())
+
+    async def _forward_reload(self, asked: asyncio.Event, peer: asyncio.Event) -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            peer.set()
+            for process in self.processes.values():
+                # One in its first second of life has no handler yet and ends: it is started again, with the new files.
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGHUP)
 
     def _peer_ready(self, info: ReadyInfo) -> None:
         self._info = info

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,10 @@ from zmq.utils import z85
 from p2pdyn.core.types import Address
 
 _TAG = "p2pdyn-cluster-key-1"
+_HEADER = (
+    "# The cluster key of p2pdyn. Whoever has this file is a member: copy it to each host, keep it secret.\n"
+    "# Nodes serve with the first key and let in every one; `p2pdyn keygen --help` says how to replace it.\n"
+)
 MAX_KEYS = 2
 
 
@@ -73,20 +78,52 @@ class Security:
 
 def write_key_file(path: Path | str) -> str:
     """Make a new key file with one keypair, mode 0600, and return its fingerprint. Raises KeyFileError."""
-    public, secret = zmq.curve_keypair()
-    text = (
-        "# The cluster key of p2pdyn. Whoever has this file is a member: copy it to each host, keep it secret.\n"
-        "# To rotate, add a second line with the new key on every host, then swap the lines, then drop the old one.\n"
-        f"{_TAG} {_z85_to_hex(secret)}\n"
-    )
+    key = _new_key()
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            file.write(text)
+        _create(Path(path), (key,))
     except FileExistsError:
         raise KeyFileError(f"{path} exists already: remove it first, or choose another name") from None
     except OSError as error:
         raise KeyFileError(f"cannot write the cluster key file {path}: {error.strerror}") from None
-    return Keypair(public, secret).fingerprint
+    return key.fingerprint
+
+
+ADD, SWAP, DROP = "add", "swap", "drop"
+"""The steps of a rotation: [old] to [old, new], to [new, old], to [new]."""
+
+
+def rotate_key_file(path: Path | str, step: str) -> Security:
+    """Take the file one ``step`` further, in one piece, and return what it holds then. Raises KeyFileError."""
+    path = Path(path)
+    keys = _read_key_file(path)
+    if step == ADD and len(keys) == MAX_KEYS:
+        raise KeyFileError(f"{path} holds two keys already: finish that rotation with --swap and --drop first")
+    if step != ADD and len(keys) < MAX_KEYS:
+        raise KeyFileError(f"{path} holds one key: a rotation begins with --add")
+    keys = {ADD: (*keys, _new_key()), SWAP: keys[::-1], DROP: keys[:1]}[step]
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            _create(fresh, keys)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise KeyFileError(f"cannot write the cluster key file {path}: {error.strerror}") from None
+    return Security(keys)
+
+
+def _new_key() -> Keypair:
+    return Keypair(*zmq.curve_keypair())
+
+
+def _create(path: Path, keys: Sequence[Keypair]) -> None:
+    """A new file that only its owner can read, from its first byte on, and that outlives a loss of power."""
+    lines = "".join([f"{_TAG} {_z85_to_hex(key.secret)}\n" for key in keys])
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(_HEADER + lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _read_key_file(path: Path) -> tuple[Keypair, ...]:

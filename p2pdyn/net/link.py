@@ -120,6 +120,10 @@ class Link:
         except zmq.ZMQError:
             return "somebody"
 
+    def wake(self) -> None:
+        """Look for input: after any other use of the socket."""
+        self._pump.wake()
+
     def close(self) -> None:
         """Drop everything queued and the connections. Idempotent; may be called from any callback."""
         if not self._closed:

@@ -164,6 +164,21 @@ class Mdns:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._shut()
 
+    def announce_key(self, fingerprint: str) -> None:
+        """The cluster key was changed: announce it, and judge others by it from now on."""
+        self.local = replace(self.local, key=fingerprint)
+        self._info = renamed = _service_info(self.local, self._info)
+        if self._zeroconf is not None:
+            self._keep(asyncio.create_task(self._update(self._zeroconf, renamed), name="mdns-update"))
+
+    async def _update(self, zeroconf: AsyncZeroconf, info: AsyncServiceInfo) -> None:
+        try:
+            await (await zeroconf.async_update_service(info))
+        except _TROUBLE as error:
+            log.warning(
+                "mDNS could not announce the new cluster key (%s): peers learn of it later", error
+            )
+
     # ---- zeroconf's life ----
 
     async def _ask(self) -> None:
@@ -323,15 +338,16 @@ def _networks(interfaces: Sequence[Interface]) -> list[str]:
     return [network for interface in interfaces for network in interface.networks]
 
 
-def _service_info(local: Announcement) -> AsyncServiceInfo:
+def _service_info(local: Announcement, before: AsyncServiceInfo | None = None) -> AsyncServiceInfo:
+    """Under a name of its own, or under the one that it has already."""
     suffix = secrets.token_hex(4)
     cluster = "".join(c if c.isascii() and c.isalnum() else "-" for c in local.cluster)
     instance = f"{local.id}-{suffix}-{cluster}"[:_LABEL_MAX]
     return AsyncServiceInfo(
         SERVICE,
-        f"{instance}.{SERVICE}",
+        before.name if before else f"{instance}.{SERVICE}",
         port=local.port,
         properties=local.txt,
-        server=f"p2pdyn-{local.id}-{suffix}.local.",
+        server=before.server if before else f"p2pdyn-{local.id}-{suffix}.local.",
         parsed_addresses=list(local.addresses),
     )

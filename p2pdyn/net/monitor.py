@@ -89,7 +89,7 @@ class Monitor:
 
 
 class Dialer:
-    """Keeps one socket connected to one address, trying the cluster keys in turn.
+    """Keeps one socket connected to one address, trying the cluster keys in turn: those that ``keys`` gives by then.
 
     ``on_up`` is called when a connection is ready to send, ``on_down`` with a sentence when an established one is lost
     and once for each series of failed attempts.  It goes on dialling in the background until :meth:`close`.
@@ -100,7 +100,7 @@ class Dialer:
         loop: asyncio.AbstractEventLoop,
         socket: zmq.Socket[bytes],
         address: Address,
-        keys: Sequence[Keypair],
+        keys: Callable[[], Sequence[Keypair]],
         complaints: Complaints,
         on_up: Callable[[], None] | None,
         on_down: Callable[[str], None] | None,
@@ -112,7 +112,10 @@ class Dialer:
         self._complaints = complaints
         self._on_up = on_up
         self._on_down = on_down
-        self._key = 0
+        self._tried: list[Keypair] = []
+        """Keys refused since the last connection, or since all were."""
+        self._key: Keypair | None = None
+        """Dialled with last."""
         self._dialled = False
         self._up = False
         self._told = False
@@ -127,19 +130,24 @@ class Dialer:
             with suppress(zmq.ZMQError):  # libzmq may have forgotten the endpoint
                 self._socket.disconnect(self._address.endpoint)
         self._dialled = True
-        if self._keys:
+        key = self._next_key()
+        if key is not None:
             # The same pair as server key and as our own: a peer that serves with it accepts it.
-            key = self._keys[self._key]
             self._socket.setsockopt(zmq.CURVE_SERVERKEY, key.public)
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public)
             self._socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
+            self._key = key
         self._socket.connect(self._address.endpoint)
+
+    def _next_key(self) -> Keypair | None:
+        return next((key for key in self._keys() if key not in self._tried), None)
 
     def _event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_CONNECT_DELAYED:
             self._started = self._loop.time()
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._up, self._told = True, False
+            self._tried.clear()
             if self._on_up is not None:
                 self._on_up()
         elif event == zmq.EVENT_DISCONNECTED and self._up:
@@ -153,13 +161,14 @@ class Dialer:
 
     def _refused(self, event: int, value: int) -> None:
         self._up = False
-        if self._key + 1 < len(self._keys):
-            self._key += 1
-            self._redial = self._loop.call_later(0, self._dial)
-            return
-        self._key = 0
+        if self._key is not None:
+            self._tried.append(self._key)
+            if self._next_key() is not None:
+                self._redial = self._loop.call_later(0, self._dial)
+                return
+        self._tried.clear()
         self._redial = self._loop.call_later(REDIAL_S, self._dial)
-        text = f"{self._address} {_why_refused(event, value, bool(self._keys))}"
+        text = f"{self._address} {_why_refused(event, value, bool(self._keys()))}"
         sure = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL  # it may just have been restarted
         self._complaints.add("refused-by", str(self._address), text, sure=sure)
         self._tell(text)

@@ -7,7 +7,6 @@ resolve a name in its I/O thread, and hold up every connection while it waits.
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ import zmq
 
 from p2pdyn.core.types import Address
 from p2pdyn.net.complaints import Complaints
-from p2pdyn.net.curve import Security
+from p2pdyn.net.curve import Keypair, Security
 from p2pdyn.net.link import Link, Receive
-from p2pdyn.net.monitor import CONNECT_S, HANDSHAKE_S, Dialer, Doorman
-from p2pdyn.net.zap import DOMAIN, ZapHandler
+from p2pdyn.net.listener import Listener
+from p2pdyn.net.monitor import CONNECT_S, HANDSHAKE_S, Dialer
+from p2pdyn.net.zap import ZapHandler
 
 HIGH_WATER = 2000
 """Messages queued a connection and direction. A frontend that reads nothing for 20 s of engine steps is past help."""
@@ -29,7 +29,6 @@ MAX_SOCKETS = 16_384
 """libzmq's default of 1023 is reached by a frontend with 256 workers."""
 PING_S = 2.0
 """ZMTP heartbeats only clear away half-open connections; liveness is decided by the messages on top."""
-BACKLOG = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class Sockets:
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
-        self._links: dict[Link, Callable[[], None]] = {}
+        self._links: dict[Link, Listener | Dialer] = {}
         self._zap = ZapHandler(self._loop, self._context, security.keys, self.complaints) if security.keys else None
 
     def router(
@@ -128,6 +127,18 @@ class Sockets:
             socket.subscribe(topic)
         return self._connected(socket, address, receive, batch_done, on_up, on_down, plain)
 
+    def change_keys(self, security: Security) -> None:
+        """Take another set of cluster keys into use: who is let in and what is dialled with, at once. Where the first
+        key is another one, the bound links serve with it from now on, and their connections are cut, to be dialled
+        again by the other side. Raises ValueError where one of the two has no key: that needs a restart."""
+        if not self.security.keys or not security.keys or self._zap is None:
+            raise ValueError("a running peer cannot take its first cluster key, nor give up its last: restart it")
+        before, self.security = self.security, security
+        self._zap.let_in(security.keys)
+        if security.keys[0] != before.keys[0]:
+            for listener in [kept for kept in self._links.values() if isinstance(kept, Listener)]:
+                listener.change_key(security.keys[0])
+
     def close(self) -> None:
         """Close every link, then the context. Idempotent."""
         for link in list(self._links):
@@ -160,38 +171,24 @@ class Sockets:
         receive: Receive,
         batch_done: Callable[[], None] | None,
     ) -> Link:
-        if self.security.keys:
-            key = self.security.keys[0]
-            socket.setsockopt(zmq.CURVE_SERVER, 1)
-            socket.setsockopt(zmq.CURVE_PUBLICKEY, key.public)
-            socket.setsockopt(zmq.CURVE_SECRETKEY, key.secret)
-            socket.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
-            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-        socket.setsockopt(zmq.BACKLOG, BACKLOG)
-        doorman = Doorman(self._loop, socket, self.complaints)
+        link: Link | None = None
+
+        def touched() -> None:
+            if link is not None:
+                link.wake()
+
+        listener = Listener(self._loop, socket, self.complaints, touched)
         try:
-            bound = self._bind(socket, [_literal(address) for address in addresses])
+            literal = [_literal(address) for address in addresses]
+            for address in literal:
+                self.security.check_bind(address)
+            bound = listener.bind(literal, self.security.keys[0] if self.security.keys else None)
         except BaseException:
-            doorman.close()
+            listener.close()
             socket.close(linger=0)
             raise
-        return self._link(socket, bound, receive, batch_done, doorman.close)
-
-    def _bind(self, socket: zmq.Socket[bytes], addresses: Sequence[Address]) -> tuple[Address, ...]:
-        bound: list[Address] = []
-        for address in addresses:
-            self.security.check_bind(address)
-            port = address.port or (bound[0].port if bound else 0)
-            wanted = Address(address.host, port)
-            socket.setsockopt(zmq.IPV6, ":" in address.host)
-            try:
-                socket.bind(wanted.endpoint)
-            except zmq.ZMQError as error:
-                raise OSError(error.errno, _why_not_bound(wanted, error)) from None
-            last = socket.getsockopt(zmq.LAST_ENDPOINT)
-            assert isinstance(last, bytes)
-            bound.append(Address(address.host, int(last.rstrip(b"\0").rpartition(b":")[2])))
-        return tuple(bound)
+        link = self._link(socket, bound, receive, batch_done, listener)
+        return link
 
     def _connected(
         self,
@@ -216,9 +213,12 @@ class Sockets:
             (zmq.RECONNECT_IVL_MAX, 2000),
         ):
             socket.setsockopt(option, value)
-        keys = () if plain else self.security.keys
+
+        def keys() -> tuple[Keypair, ...]:
+            return () if plain else self.security.keys
+
         dialer = Dialer(self._loop, socket, target, keys, self.complaints, on_up, on_down)
-        return self._link(socket, (address,), receive, batch_done, dialer.close)
+        return self._link(socket, (address,), receive, batch_done, dialer)
 
     def _link(
         self,
@@ -226,14 +226,14 @@ class Sockets:
         addresses: tuple[Address, ...],
         receive: Receive,
         batch_done: Callable[[], None] | None,
-        before_close: Callable[[], None],
+        end: Listener | Dialer,
     ) -> Link:
         link = Link(self._loop, socket, addresses, receive, batch_done, self._forget)
-        self._links[link] = before_close
+        self._links[link] = end
         return link
 
     def _forget(self, link: Link) -> None:
-        self._links.pop(link)()
+        self._links.pop(link).close()
 
 
 def _literal(address: Address) -> Address:
@@ -247,11 +247,3 @@ def _literal(address: Address) -> Address:
     except ValueError:
         raise ValueError(f"{address} is not an IP address: resolve the name first") from None
     return address
-
-
-def _why_not_bound(address: Address, error: zmq.ZMQError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return f"{address} is in use already: stop what listens there, or choose another --port"
-    if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
-        return f"{address} is not an address of this host: choose another --listen"
-    return f"cannot listen on {address}: {error.strerror}"

@@ -7,6 +7,7 @@ goes on when the answer comes, so a busy loop delays a newcomer and nothing else
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import zmq
 
@@ -27,11 +28,15 @@ class ZapHandler:
         keys: tuple[Keypair, ...],
         complaints: Complaints,
     ) -> None:
-        self._accepted = frozenset(raw_public(key) for key in keys)
+        self.let_in(keys)
         self._complaints = complaints
         self._socket = context.socket(zmq.REP)
         self._socket.bind("inproc://zeromq.zap.01")
         self._pump = Pump(loop, self._socket, self._drain)
+
+    def let_in(self, keys: Sequence[Keypair]) -> None:
+        """From now on, of those who connect."""
+        self._accepted = frozenset(raw_public(key) for key in keys)
 
     def _drain(self) -> bool:
         for _ in range(BATCH):
