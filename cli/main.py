@@ -21,6 +21,7 @@ COMMANDS = {
     "quickstart": "Try it: a small cluster on this host, and one chat through it.",
     "chat": "Talk to a model through any peer's HTTP endpoint.",
     "peers": "Show the cluster as one peer sees it.",
+    "drain": "Have a node finish what it has, and leave.",
     "explain": "Tell which worker would take a prompt, and why.",
     "keygen": "Write a new cluster key file.",
     "doctor": "Check this host: interfaces, multicast, ports, clock, key, engines.",

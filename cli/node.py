@@ -108,8 +108,9 @@ def with_options(function: Any) -> Any:
 def command(context: click.Context, /, supervised_by: int | None, **flags: object) -> int:
     """Start a peer on this host: a worker with its engine, the OpenAI endpoint, or both.
 
-    Prints one line, `ready node=...`, when it serves. SIGTERM or Ctrl-C lets running requests finish, a second one does
-    not; SIGHUP reads --cluster-key, --api-key-file, --tls-cert and --tls-key again. Each option is also a variable
+    Prints one line, `ready node=...`, when it serves. SIGTERM or Ctrl-C drains it: running requests finish, or go on at
+    another worker (see `p2pdyn drain --help`); a second one ends it at once. SIGHUP reads --cluster-key,
+    --api-key-file, --tls-cert and --tls-key again, and starts drained workers again. Each option is also a variable
     (P2PDYN_SEEDS_FILE for --seeds-file) and a line of the --config file (seeds_file = "..."); options win over
     variables, those over the file.
     """

@@ -30,6 +30,7 @@ from p2pdyn.core.types import (
     PeerInfo,
 )
 from p2pdyn.datadir import DataDir
+from p2pdyn.drain import LEAVE_S, Crew, Drainer
 from p2pdyn.engines.base import EngineError, EngineInfo, EngineUsageError, Step
 from p2pdyn.engines.runner import Runner, make_runner
 from p2pdyn.net import interfaces
@@ -52,15 +53,9 @@ log = logging.getLogger(__name__)
 Ready = Callable[[ReadyInfo], Awaitable[None] | None]
 Seen = Callable[[NodeId, str], None]
 
-DRAIN_S = 20.0
-"""Longest that requests may go on after the first stop signal."""
-LEAVE_S = 1.0
 PROGRESS_S = 0.5
 """Shortest time between two gossiped loading percentages."""
 MAX_DESCRIPTORS = 65_536
-STALL_S = 30.0
-"""An engine with requests open and no step for this long is told as stalled (a chunk of prefill on a slow CPU takes
-seconds, never this)."""
 
 
 async def run(
@@ -70,16 +65,17 @@ async def run(
     stop: asyncio.Event,
     reload: asyncio.Event | None = None,
     seen: Seen | None = None,
+    crew: Crew | None = None,
 ) -> int:
-    """Run one peer until ``stop`` is set (again: at once); the exit code. Each time ``reload`` is set, the cluster key,
-    and the endpoint's API keys and certificate, are read again. ``seen`` hears of each peer's state as this one sees
-    it, once this one's frontend knows it too.
+    """Run one peer until ``stop`` is set (again: at once), or it is drained; the exit code. Each time ``reload`` is
+    set, the cluster key, and the endpoint's API keys and certificate, are read again. ``seen`` hears of each peer's
+    state as this one sees it, once this one's frontend knows it too. ``crew`` is drained with this one.
 
     Raises ConfigError and StartError with one sentence each.
     """
     _raise_descriptor_limit()
     with DataDir(config.data_dir) as data:
-        node = Node(config, data, seen)
+        node = Node(config, data, seen, crew)
         try:
             await node.start(ready, reload)
             return await node.serve(stop)
@@ -90,9 +86,10 @@ async def run(
 class Node:
     """The composition root. Nothing else knows all parts."""
 
-    def __init__(self, config: Config, data: DataDir, seen: Seen | None = None) -> None:
+    def __init__(self, config: Config, data: DataDir, seen: Seen | None = None, crew: Crew | None = None) -> None:
         self.config = config
         self.seen = seen
+        self.crew = crew
         self.data = data
         self.epoch = data.epoch
         self.rng = random.Random()
@@ -106,6 +103,7 @@ class Node:
         self.mdns: Mdns | None = None
         self.tasks: list[asyncio.Task[Any]] = []
         self.mesh: Mesh
+        self.drainer: Drainer
         self.told_progress = 0.0
 
     # Start.
@@ -160,6 +158,8 @@ class Node:
             rng=self.rng,
         )
         self.stack.callback(self.mesh.close)
+        self.drainer = Drainer(self.mesh, sockets, lambda: self._tell(state=DRAINING, detail=""), self.crew)
+        self.drainer.worker = self.worker
 
     def _security(self) -> Security:
         try:
@@ -212,7 +212,8 @@ class Node:
                 "give a free port with --http HOST:PORT, or --no-http"
             ) from None
         self.stack.push_async_callback(server.stop, 1.0)
-        self.http = server
+        self.http = self.drainer.http = server
+        self.drainer.dispatcher = self.dispatcher
         self.info = replace(self.info, http=url)
 
     async def _introduce(self, security: Security, listen: interfaces.Listen) -> None:
@@ -320,31 +321,19 @@ class Node:
     # Serve and stop.
 
     async def serve(self, stop: asyncio.Event) -> int:
-        """Until asked to stop or unable to go on."""
-        asked = asyncio.ensure_future(stop.wait())
-        await _first(asked, self.ended)
+        """Until asked to stop or to drain, or unable to go on."""
+        asked = [asyncio.ensure_future(event.wait()) for event in (stop, self.drainer.asked)]
+        await _first(*asked, self.ended)
+        for one in asked:
+            one.cancel()
         if self.ended.done():
-            asked.cancel()
-            await self._leave()
+            await self.mesh.leave(LEAVE_S)
             raise StartError(self.ended.result())
-        stop.clear()
-        await self._drain(stop)
-        await self._leave()
+        if not self.drainer.asked.is_set():
+            stop.clear()
+        await self.drainer.run(stop)
+        await self.drainer.leave()
         return 0
-
-    async def _drain(self, stop: asyncio.Event) -> None:
-        """Finish what runs, unless asked to stop again."""
-        self._tell(state=DRAINING)
-        if self.worker is None:
-            return
-        self.worker.drain()
-        deadline = asyncio.get_running_loop().time() + DRAIN_S
-        while self.worker.open and not stop.is_set() and asyncio.get_running_loop().time() < deadline:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), 0.1)
-
-    async def _leave(self) -> None:
-        await self.mesh.leave(LEAVE_S)
 
     async def close(self) -> None:
         for task in self.tasks:
@@ -456,10 +445,14 @@ class Node:
         while self.worker is not None and self.runner is not None:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
-            still = self.runner.has_work and now - self.runner.last_step_s > STALL_S
+            quiet_s = now - self.runner.last_step_s
+            still = self.runner.has_work and quiet_s > self.worker.patience_s
             if still and self.info.state == READY:
-                self._tell(state=STALLED, detail=f"no engine step for {STALL_S:g} s with requests open")
+                reason = f"no engine step for {quiet_s:.0f} s with requests open"
+                self._tell(state=STALLED, detail=reason)
+                self.worker.stall(reason)
             elif not still and self.info.state == STALLED:
+                self.worker.resume()
                 self._tell(state=READY, detail="")
 
 

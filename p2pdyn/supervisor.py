@@ -15,7 +15,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import replace
 
 from p2pdyn import node
@@ -29,6 +29,7 @@ from p2pdyn.core.supervise import (
     Exited,
     Finished,
     Kill,
+    Revive,
     Say,
     Spawn,
     Stop,
@@ -71,7 +72,7 @@ class Supervisor:
         self._early: dict[int, signal.Signals] = {}
         """Signals for workers that are just being started."""
         self._tell_ready = ready
-        self._closed = False
+        self._closed = self._drained = False
         self._info: ReadyInfo | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,44 +81,70 @@ class Supervisor:
     async def run(self, stop: asyncio.Event, reload: asyncio.Event | None = None) -> int:
         stop_peer, reload_peer = asyncio.Event(), asyncio.Event()
         peer = asyncio.create_task(
-            node.run(self.config.frontend(), ready=self._peer_ready, stop=stop_peer, reload=reload_peer, seen=self._saw)
+            node.run(
+                self.config.frontend(),
+                ready=self._peer_ready,
+                stop=stop_peer,
+                reload=reload_peer,
+                seen=self._saw,
+                crew=self,
+            )
         )
-        forwards = [asyncio.create_task(self._forward(stop))]
+        signals = [asyncio.create_task(self._stop_when(stop, stop_peer))]
         if reload is not None:
-            forwards.append(asyncio.create_task(self._forward_reload(reload, reload_peer)))
+            signals.append(asyncio.create_task(self._reload_when(reload, reload_peer)))
         try:
             await asyncio.wait([peer, self._finished], return_when=asyncio.FIRST_COMPLETED)
             if self._finished.done():
-                stop_peer.set()
+                if not self._drained:
+                    stop_peer.set()
                 return await peer or self._finished.result()
-            # Peer 0 cannot go on: neither can its workers' clients.
+            # Peer 0 has gone, or cannot go on: then neither can its workers' clients.
             self._handle(Stop())
             if self._info is not None:
                 await self._finished
             return peer.result()
         finally:
             self._closed = True
-            for task in forwards:
+            for task in signals:
                 task.cancel()
             self._kill_all()
             peer.cancel()
-            await asyncio.gather(*forwards, peer, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*signals, peer, *self._tasks, return_exceptions=True)
 
-    async def _forward(self, stop: asyncio.Event) -> None:
-        while True:
-            await stop.wait()
-            stop.clear()
-            self._handle(Stop())
-
-    async def _forward_reload(self, asked: asyncio.Event, peer: asyncio.Event) -> None:
+    async def _stop_when(self, asked: asyncio.Event, stop_peer: asyncio.Event) -> None:
+        """Peer 0 drains, and has its workers do so in time."""
         while True:
             await asked.wait()
             asked.clear()
-            peer.set()
-            for process in self.processes.values():
-                # One in its first second of life has no handler yet and ends: it is started again, with the new files.
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGHUP)
+            if self._info is None:  # it does not serve yet
+                self._handle(Stop())
+            stop_peer.set()
+
+    async def _reload_when(self, asked: asyncio.Event, reload_peer: asyncio.Event) -> None:
+        while True:
+            await asked.wait()
+            asked.clear()
+            reload_peer.set()
+            self._handle(Revive())
+
+    # What peer 0 does with its crew.
+
+    def nodes(self) -> Collection[NodeId]:
+        return self._nodes.keys()
+
+    def running(self) -> int:
+        return self.core.running
+
+    def drain(self) -> None:
+        self._drained = True
+        if not self.core.stops:
+            self._handle(Stop())
+
+    def hurry(self) -> None:
+        self._drained = True
+        while self.core.stops < 2:
+            self._handle(Stop())
 
     def _peer_ready(self, info: ReadyInfo) -> None:
         self._info = info

@@ -61,6 +61,8 @@ class Served:
         self.tokens = 0
         """Taken so far."""
         self.draining = False
+        self.stalled = ""
+        """Why nothing new can run: the engine stands still."""
         self.started: list[tuple[int, int]] = []
         """(key, cached prompt tokens) of those whose first output has come in; the caller clears it."""
         self._due: list[Running] = []
@@ -105,6 +107,8 @@ class Served:
             return "epoch", f"the worker was restarted: it has epoch {self.epoch}, the request is for {message.epoch}"
         if self.draining:
             return "draining", "the worker is draining"
+        if self.stalled:
+            return "stalled", self.stalled
         if message.model not in self._models:
             return "model", f"the worker does not serve model {message.model!r}"
         if len(message.tokens) % 4 or not 0 < message.prompt_len <= count:
@@ -209,8 +213,16 @@ class Served:
         silent = [c for c, known in self.connections.items() if known.heard < silent_since]
         return [key for connection in silent for key in self.gone(connection)]
 
+    def requests(self) -> dict[bytes, tuple[tuple[int, int], ...]]:
+        """Every open (rid, attempt), by connection."""
+        return {
+            connection: tuple((one.rid, one.attempt) for one in known.open.values())
+            for connection, known in self.connections.items()
+            if known.open
+        }
+
     def all_failed(self) -> list[Running]:
-        """The engine died: every request, forgotten. Take what is due before."""
+        """None goes on here: every request, forgotten. Take what is due before."""
         running = list(self.running.values())
         for one in running:
             self._forget(one)

@@ -4,7 +4,8 @@
   1 s.
 - A worker that calls its own configuration wrong before the cluster was ever ready fails the supervisor: no restart
   mends that, and whoever typed it is still looking.
-- A stop signal asks every worker to finish what runs; the second ends it at once; after a deadline they are killed.
+- A worker that ends with exit code 0 did as it was asked (`p2pdyn drain`, SIGTERM): it stays down until Revive.
+- A stop asks every worker to finish what runs; the second ends it at once; after a deadline they are killed.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from p2pdyn.core.drain import LIMIT_S
+
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 STEADY_S = 60.0
 """Ready for this long: the next failure is a new story."""
-DRAIN_S = 30.0
-"""From the first stop signal to SIGKILL. A node drains for 20 s and then says good-bye."""
+DRAIN_S = LIMIT_S + 5.0
+"""From the first stop to SIGKILL. A node drains for LIMIT_S at most, and then says good-bye."""
 HURRY_S = 3.0
-"""The same from the second stop signal."""
+"""The same from the second stop."""
 USAGE = 2
 """A node's exit code for bad usage or configuration."""
 
@@ -48,11 +51,16 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Revive:
+    """Start again what was drained."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
 
-Event = Begin | BecameReady | Exited | Stop | Tick
+Event = Begin | BecameReady | Exited | Stop | Revive | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +101,7 @@ Action = Spawn | Terminate | Kill | AllReady | Finished | Say
 
 @dataclass(slots=True)
 class _Worker:
-    state: Literal["waiting", "starting", "ready", "ended"] = "ended"
+    state: Literal["waiting", "starting", "ready", "drained", "ended"] = "ended"
     since: float = 0.0
     failures: int = 0
 
@@ -122,8 +130,20 @@ class Supervision:
                 return self._exited(worker, code, now)
             case Stop():
                 return self._stop(now)
+            case Revive():
+                drained = [i for i, worker in enumerate(self._workers) if worker.state == "drained"]
+                return [] if self._stops else [self._spawn(i, now) for i in drained]
             case Tick():
                 return self._tick(now)
+
+    @property
+    def running(self) -> int:
+        return sum(worker.runs for worker in self._workers)
+
+    @property
+    def stops(self) -> int:
+        """How often it has been asked to."""
+        return self._stops
 
     def next_deadline(self) -> float | None:
         if self._kill_at is not None:
@@ -139,7 +159,7 @@ class Supervision:
         if worker.state != "starting":
             return []
         worker.state, worker.since = "ready", now
-        if self._told or self._stops or any(w.state != "ready" for w in self._workers):
+        if self._told or self._stops or any(w.state not in ("ready", "drained") for w in self._workers):
             return []
         self._told = True
         return [AllReady()]
@@ -156,6 +176,9 @@ class Supervision:
         if code == USAGE and not self._told:
             self._code = USAGE
             return [Say(i, "cannot start as configured: its own message above says why"), *self._stop(now)]
+        if code == 0:
+            worker.state, worker.failures = "drained", 0
+            return [Say(i, "was drained: it stays down until this node gets SIGHUP, or is started again")]
         delay = BACKOFF_S[min(worker.failures, len(BACKOFF_S) - 1)]
         worker.failures += 1
         worker.state, worker.since = "waiting", now + delay
@@ -166,7 +189,7 @@ class Supervision:
         self._stops += 1
         self._kill_at = now + (DRAIN_S if self._stops == 1 else HURRY_S)
         for worker in self._workers:
-            if worker.state == "waiting":
+            if not worker.runs:
                 worker.state = "ended"
         return self._all(Terminate) or self._finished()
 

@@ -131,7 +131,8 @@ class Tokens:
 @message(REQUESTS, 6)
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A generate that will not run. ``code``: epoch, model, draining, overload, invalid, engine."""
+    """A generate that will not run. ``code``: epoch, model, draining, overload, invalid, engine,
+    stalled; the last two say that nothing of this worker goes on."""
 
     rid: U64
     attempt: U8
@@ -259,6 +260,16 @@ class Return:
 
     lease: U64
     epoch: U64
+
+
+@message(REQUESTS, 18)
+@dataclass(frozen=True, slots=True)
+class Move:
+    """From a worker that drains: these (rid, attempt) should go on elsewhere, if they can. Sent again and again while
+    they are open here."""
+
+    epoch: U64
+    requests: Annotated[tuple[tuple[U64, U8], ...], Cap(MAX_OPEN)]
 
 
 _DEFAULTS = [(name, getattr(SamplingParams(), name)) for name in SamplingParams.__slots__]
