@@ -4,6 +4,7 @@ States of a flight and the way out of each (one release for all of them, :meth:`
 
     waiting   no routable worker yet      -> running, failed (deadline), cancelled
     queued    all workers are saturated   -> running, waiting, failed (deadline), cancelled
+    held      may kill its worker, to be tried alone (core/blame.py) -> running, waiting, failed (deadline), cancelled
     prefill   a prefill worker computes   -> running, cancelled, failed; lost there: as running when its worker is lost
     running   a worker has it             -> done, failed, cancelled, running on another worker (migration), waiting
 
@@ -23,9 +24,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
+from p2pdyn.core.blame import DEATH_LIMIT, Blame
+from p2pdyn.core.flight_parts import Abandon, Action, Dispatch, Flight, Lent, Transfer
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
 from p2pdyn.core.router import Decision
 from p2pdyn.core.router_cost import Pull
@@ -34,91 +36,25 @@ from p2pdyn.core.routes import Routes, Serving
 from p2pdyn.core.types import DECODE, Load, NodeId, moves_alike
 from p2pdyn.wire.requests import Prefilled, Row
 
-MIGRATION_LIMIT = 3
-"""Failures after which it is tried again. A request that kills its workers must stop before it has killed them all."""
+MIGRATION_LIMIT = 16
+"""Losses of its worker, of whatever kind, after which it is tried again. Deaths of workers that it causes end it much
+sooner (:data:`p2pdyn.core.blame.DEATH_LIMIT`)."""
+
+MOVE_LIMIT = 32
+"""Moves away from draining workers that cost a request nothing: a rolling restart moves it at most once a worker.
+Beyond that each is a failure, so that attempts, a u8, are bounded."""
+
+REFUSED_LIMIT = 3
+"""Workers with no room for it that are asked before the client is told to come back."""
+
+TRIALS_S = 60.0
+"""A request under suspicion waits that long for a worker that no other one of them is tried on."""
 
 WAIT_S = 5.0
 """Seconds a request waits for a routable worker (links are opened at the first request for a model)."""
 
 MAX_WAITING = 1024
 """Requests waiting for a worker; one more is answered 429."""
-
-
-class Transfer(NamedTuple):
-    """The first ``blocks`` KV blocks are at ``source``, held under ``lease``, or with lease 0 in its prefix cache.
-    ``epoch`` is the source's, 0 if the shell is to fill in the present one; ``remote`` as in
-    :class:`~p2pdyn.wire.requests.Prefilled`."""
-
-    source: NodeId
-    epoch: int
-    lease: int
-    blocks: int
-    remote: bytes = b""
-
-
-class Dispatch(NamedTuple):
-    """Send ``tokens`` (prompt and output so far) to ``worker`` as this attempt."""
-
-    worker: NodeId
-    rid: int
-    attempt: int
-    job: Job
-    tokens: array[int]
-    rank: int = 0
-    uncached: int = 0
-    """Tokens that the worker is expected to compute."""
-    hand_over: bool = False
-    """Compute only, and answer Prefilled."""
-    transfer: Transfer | None = None
-    """Take these blocks first."""
-
-
-class Abandon(NamedTuple):
-    """Tell ``worker`` to stop (rid, attempt), and to hold no blocks for it."""
-
-    worker: NodeId
-    rid: int
-    attempt: int
-
-
-Action = Dispatch | Abandon
-
-
-class _Lent(NamedTuple):
-    """What a prefill worker holds for a flight since it has answered, until the decode worker's first token."""
-
-    transfer: Transfer
-    attempt: int
-    """The prefill's."""
-    source: Target
-    cached: int
-
-
-@dataclass(slots=True)
-class Flight:
-    rid: int
-    job: Job
-    sink: Sink
-    since: float
-    """When it was dispatched, or began to wait."""
-    prefilling: bool = False
-    """It has been sent to its worker, and no token of this attempt has come."""
-    worker: NodeId | None = None
-    attempt: int = 0
-    received: int = 0
-    output: array[int] = field(default_factory=lambda: array("I"))
-    workers: list[NodeId] = field(default_factory=list)
-    """That generated, or were to."""
-    migrations: int = 0
-    failures: int = 0
-    failed: NodeId | None = None
-    """The last worker that it was lost at."""
-    decode: Decision | None = None
-    """While a prefill worker computes: who was to go on."""
-    prefill: Decision | None = None
-    """The prefill worker that computes."""
-    failed_prefill: NodeId | None = None
-    lent: _Lent | None = None
 
 
 class Flights:
@@ -138,6 +74,11 @@ class Flights:
         self.open: dict[int, Flight] = {}
         self._waiting: dict[int, Flight] = {}
         self._at: dict[NodeId, dict[int, Flight]] = {}
+        self.blame = Blame()
+        self._held: dict[int, Flight] = {}
+        """Suspects that wait until they can be tried alone."""
+        self._room = False
+        """One of them might now."""
         self.migrations = 0
         self.holes = 0
         self.stale = 0
@@ -156,6 +97,7 @@ class Flights:
     def routable(self, serving: Mapping[str, Serving], now: float) -> list[Action]:
         """Take over who serves which model; waiting requests that now can start do."""
         self.routes.update(serving)
+        self._room = True
         actions: list[Action] = []
         for flight in [f for f in self._waiting.values() if self.routes.serves(f.job.model)]:
             actions += self._route(flight, now)
@@ -209,6 +151,8 @@ class Flights:
                         actions += self._lost(flight, f"worker {worker} generated instead of handing over", now)
                         continue
                     cached = self._first_token(flight, cached, now)
+                elif flight.trial and now >= flight.trial:
+                    self._acquit(flight)
                 flight.received = offset + len(tokens)
                 flight.output.extend(tokens)
                 flight.sink.on_tokens(
@@ -216,7 +160,7 @@ class Flights:
                 )
             if finish:
                 actions += self._finish(flight, finish, now)
-        if self.routes.crowded:
+        if self.routes.crowded or self._room:
             actions += self._admit(now)
         return actions
 
@@ -227,9 +171,26 @@ class Flights:
             return []
         if code == "invalid" and flight.prefill is None:
             return self._fail(flight, Failure(400, "invalid_request", reason), now)
-        if code == "overload" and flight.failures >= MIGRATION_LIMIT:
+        if code == "overload" and flight.failures >= REFUSED_LIMIT:
             return self._fail(flight, Failure(429, "overloaded", reason, 1), now)
-        return self._lost(flight, reason, now)
+        return self._lost(flight, reason, now, planned=code == "draining")
+
+    def move(self, worker: NodeId, requests: Iterable[tuple[int, int]], now: float) -> list[Action]:
+        """A draining worker, which is routed to no more, asks for these to go on elsewhere; what nobody else can
+        continue now stays where it is."""
+        mine = self._at.get(worker, {})
+        actions: list[Action] = []
+        for rid, attempt in requests:
+            flight = mine.get(rid)
+            if flight is None or flight.attempt != attempt:
+                actions.append(Abandon(worker, rid, attempt))
+            elif self._resumable(flight) and not flight.job.pin and self.routes.serves(flight.job.model):
+                actions += self._lost(flight, f"worker {worker} drained", now, planned=True)
+        return actions
+
+    def end(self, failure: Failure, now: float) -> list[Action]:
+        """This frontend has to go: whatever is open ends with ``failure``."""
+        return [action for flight in list(self.open.values()) for action in self._fail(flight, failure, now, tell=True)]
 
     def prefilled(self, worker: NodeId, message: Prefilled, now: float) -> list[Action]:
         """A prefill worker has computed the prompt: on to the decode worker."""
@@ -245,7 +206,7 @@ class Flights:
         self._leave(flight, now, computed=True)
         if message.lease or message.remote:
             transfer = Transfer(worker, message.epoch, message.lease, message.blocks, message.remote)
-            flight.lent = _Lent(transfer, flight.attempt, source, message.cached)
+            flight.lent = Lent(transfer, flight.attempt, source, message.cached)
         else:
             self.prefill_fallbacks += 1
         flight.attempt += 1
@@ -260,13 +221,31 @@ class Flights:
 
     # Workers and time.
 
-    def worker_lost(self, worker: NodeId, reason: str, now: float) -> list[Action]:
-        """Everything that it had goes elsewhere."""
+    def worker_lost(self, worker: NodeId, reason: str, now: float, died: bool = False) -> list[Action]:
+        """Everything that it had goes elsewhere. ``died``: its process or its engine has, for all we know, which one
+        of them may have done; :meth:`worker_lives` takes that back."""
         self.routes.lost(worker)
+        flights = list(self._at.get(worker, {}).values())
+        convicted = self.blame.died(worker, [flight.rid for flight in flights]) if died and flights else None
         actions: list[Action] = []
-        for flight in list(self._at.get(worker, {}).values()):
-            actions += self._lost(flight, reason, now, tell=False)
+        for flight in flights:
+            if flight.rid == convicted:
+                text = f"Each of {DEATH_LIMIT} workers that ran this request died, the last one of it alone: {reason}."
+                actions += self._fail(flight, Failure(500, "request_kills_workers", text), now)
+            else:
+                actions += self._lost(flight, reason, now, tell=False)
         return actions + self._admit(now)
+
+    def worker_lives(self, worker: NodeId, now: float) -> list[Action]:
+        """It is the same as before: it was cut off and has not died."""
+        self.blame.lives(worker)
+        self._room = True
+        return self._admit(now)
+
+    def runs(self, worker: NodeId, rid: int, attempt: int) -> bool:
+        """Whether this attempt is at this worker."""
+        flight = self._at.get(worker, {}).get(rid)
+        return flight is not None and flight.attempt == attempt
 
     def open_at(self, worker: NodeId) -> int:
         return len(self._at.get(worker, ()))
@@ -292,6 +271,9 @@ class Flights:
         for flight in [f for f in self._waiting.values() if f.since + WAIT_S <= now]:
             message = f"No ready worker for model {flight.job.model!r} could be reached; retry in a moment."
             actions += self._fail(flight, Failure(503, "no_ready_worker", message, 1), now)
+        for flight in [f for f in self._held.values() if f.since + TRIALS_S <= now]:
+            message = "Workers died that ran this request among others, and none is free to run it alone; retry later."
+            actions += self._fail(flight, Failure(503, "worker_lost", message, 5), now)
         for rid, failure in self.routes.overdue(now):
             actions += self._fail(self.open[rid], failure, now)
         return actions + self._admit(now)
@@ -303,14 +285,18 @@ class Flights:
 
     def _route(self, flight: Flight, now: float) -> list[Action]:
         tokens = self._tokens_of(flight)
+        suspect = self.blame.suspect(flight.rid)
         # Not straight back to the worker that just failed.
-        decision = self.routes.choose(flight.job, tokens, flight.failed, now)
-        if decision is None:
-            self._waiting[flight.rid] = flight
-            return self._give_up(flight)
+        decision = self.routes.choose(flight.job, tokens, flight.failed, now, self.blame.trials if suspect else ())
         self._waiting.pop(flight.rid, None)
+        if decision is None:
+            idle = self._held if suspect and self.routes.serves(flight.job.model) else self._waiting
+            idle[flight.rid] = flight
+            return self._give_up(flight)
         prefill = None
-        if decision.target.role == DECODE and flight.lent is None:
+        if suspect:
+            flight.trial = self.blame.begin(flight.rid, decision.target.worker)
+        elif decision.target.role == DECODE and flight.lent is None:
             prefill = self.routes.prefill(flight.job, decision, flight.failed_prefill, now)
             self.prefills_local += prefill is None
         if self._on_decision is not None:
@@ -381,8 +367,15 @@ class Flights:
         return [] if lent is None else [Abandon(lent.transfer.source, flight.rid, lent.attempt)]
 
     def _admit(self, now: float) -> list[Action]:
-        """Those whose turn it is leave the queue of saturated models."""
+        """Those whose turn it is leave the queue of saturated models, and suspects that can be tried are."""
         actions: list[Action] = []
+        if self._room:
+            self._room = False
+            held, self._held = self._held, {}
+            for flight in held.values():
+                if not self.routes.serves(flight.job.model):
+                    flight.since = now  # for WAIT_S
+                actions += self._route(flight, now)
         for model in list(self.routes.crowded):
             while (rid := self.routes.next(model, now)) is not None:
                 actions += self._route(self.open[rid], now)
@@ -391,6 +384,8 @@ class Flights:
     def _first_token(self, flight: Flight, cached: int, now: float) -> int:
         """How much of the prompt was cached: what has been handed over was not, for its being so."""
         flight.prefilling = False
+        if flight.trial:
+            flight.trial += now
         if flight.lent is not None:
             cached, flight.lent = flight.lent.cached, None
         self.routes.router.first_token(flight.rid, now)
@@ -398,12 +393,22 @@ class Flights:
         self.cached_tokens += cached
         return cached
 
+    def _acquit(self, flight: Flight) -> None:
+        """Its tokens have come for long enough: it has not killed the workers that it was lost at."""
+        flight.trial = 0.0
+        self.blame.passed(flight.rid)
+        self._room = bool(self._held)
+
     def _leave(self, flight: Flight, now: float, computed: bool = False) -> None:
         """``computed``: the prompt, by a prefill worker."""
         worker = flight.worker
         if worker is None:
             return
         flight.worker = None
+        if flight.trial:
+            flight.trial = 0.0
+            self.blame.left(flight.rid)
+            self._room = bool(self._held)
         if flight.prefill is None:
             self.routes.router.finished(flight.rid, now, 0 if flight.prefilling else flight.received)
         else:
@@ -421,7 +426,9 @@ class Flights:
         if worker is None:
             self.routes.leave(flight.rid, flight.job)
             self._waiting.pop(flight.rid, None)
+            self._held.pop(flight.rid, None)
         self._leave(flight, now)
+        self.blame.forget(flight.rid)
         del self.open[flight.rid]
         actions: list[Action] = [Abandon(worker, flight.rid, flight.attempt)] if tell and worker is not None else []
         return actions if flight.lent is None else actions + self._give_up(flight)
@@ -439,14 +446,21 @@ class Flights:
         flight.sink.on_end(Outcome("error", tuple(flight.workers), flight.migrations, failure))
         return actions
 
-    def _lost(self, flight: Flight, reason: str, now: float, tell: bool = True) -> list[Action]:
+    @staticmethod
+    def _resumable(flight: Flight) -> bool:
+        """The client has seen nothing yet, or what it has seen can be continued."""
+        return flight.job.resumable or not flight.received
+
+    def _lost(self, flight: Flight, reason: str, now: float, tell: bool = True, planned: bool = False) -> list[Action]:
+        """``planned``: its worker drains, which is no failure of the request."""
         prefill = flight.prefill is not None
         if prefill:
             self.prefill_fallbacks += 1
             flight.failed_prefill = flight.worker
         else:
             flight.failed = flight.worker
-        if flight.failures >= MIGRATION_LIMIT or (flight.received and not flight.job.resumable):
+        planned = planned and flight.moves < MOVE_LIMIT
+        if not self._resumable(flight) or (flight.failures >= MIGRATION_LIMIT and not planned):
             # The client has already seen a part that nobody can continue, or it has cost enough workers.
             failure = Failure(503, "worker_lost", f"The request could not be completed: {reason}.", 1)
             return self._fail(flight, failure, now, tell)
@@ -455,7 +469,8 @@ class Flights:
             actions.append(Abandon(flight.worker, flight.rid, flight.attempt))
         self._leave(flight, now)
         flight.attempt += 1
-        flight.failures += 1
+        flight.moves += planned
+        flight.failures += not planned
         if not prefill:
             flight.migrations += 1
             self.migrations += 1

@@ -5,13 +5,15 @@ first token now were computed since the later of their own submit and the first 
 over time, both summed with exponential forgetting, so that long prompts count as they should.
 
 Decode: the time from one step to the next, in steps without prefill, against the KV blocks in use; a line is fitted by
-least squares with exponential forgetting.  Its slope is what another block of context costs every step.
+least squares with exponential forgetting.  Its slope is what another block of context costs every step.  A router
+multiplies it by blocks and by tokens, tens of thousands of times, so what is published is what the slope is at least:
+the noise of a busy machine must not look like a difference between two workers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import exp
+from math import exp, sqrt
 
 MIN_TOKENS = 64
 """Shorter prefills are mostly overhead; they would make a worker look slow."""
@@ -20,8 +22,14 @@ KEEP = 0.9
 KEEP_STEP = 0.995
 """At each sampled step: about the last two hundred."""
 MIN_STEPS = 50
+SURE = 3.0
+"""Standard errors by which the slope is published lower than fitted. They are small where it matters: on a GPU whose
+steps vary by a millisecond with their blocks, a few percent of it after two hundred steps."""
 SAMPLE_S = 0.005
 """Steps are sampled no more often than this: a sim without waiting makes thousands a second."""
+STALL_S, COLD_STALL_S = 15.0, 60.0
+"""An engine with work that makes no step for so long, and three times as long as its prompts should take, stands still.
+Before it has computed one nobody knows how long that is: the second."""
 LONG_S = 5.0
 """A longer gap between steps was no decoding (the process stood still)."""
 PULL_TOKENS = 256
@@ -41,7 +49,7 @@ class SpeedMeter:
         self._tokens = self._seconds = 0.0
         self._sampled = self._stepped = 0.0
         self._pure = False
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._n = self._x = self._y = self._xx = self._xy = self._yy = 0.0
 
     # What the engine does.
 
@@ -91,6 +99,7 @@ class SpeedMeter:
         self._y = keep * self._y + took
         self._xx = keep * self._xx + x * x
         self._xy = keep * self._xy + x * took
+        self._yy = keep * self._yy + took * took
 
     # What is known of it.
 
@@ -104,6 +113,11 @@ class SpeedMeter:
         """Tokens a second; 0 until something has been measured."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds without a step after which an engine that has work stands still."""
+        return STALL_S + 3 * self.backlog / self.prefill_tps if self._seconds else COLD_STALL_S
+
     def itl_ms(self, blocks: int) -> float:
         """Milliseconds from token to token with ``blocks`` in use; 0 until something has been measured."""
         if self._n < 1:
@@ -114,11 +128,14 @@ class SpeedMeter:
 
     @property
     def itl_per_block_ms(self) -> float:
-        """Milliseconds that one more block adds to every step; 0 until there were steps with unlike block counts."""
-        spread = self._n * self._xx - self._x * self._x
-        if self._n < MIN_STEPS or spread <= 1e-3 * self._n * self._xx:
+        """Milliseconds that one more block adds to every step, at least; 0 until there were steps with unlike block
+        counts, and while nothing is sure."""
+        n, spread = self._n, self._n * self._xx - self._x * self._x
+        if n < MIN_STEPS or spread <= 1e-3 * n * self._xx:
             return 0.0
-        return 1e3 * max(0.0, (self._n * self._xy - self._x * self._y) / spread)
+        slope = (n * self._xy - self._x * self._y) / spread
+        rest = n * self._yy - self._y * self._y - slope * slope * spread
+        return 1e3 * max(0.0, slope - SURE * sqrt(max(0.0, rest) / ((n - 2.0) * spread)))
 
 
 class PullMeter:

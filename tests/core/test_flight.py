@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from p2pdyn.core import admission
 from p2pdyn.core.admission import MAX_QUEUED, SUPPLY
-from p2pdyn.core.flight import MAX_WAITING, MIGRATION_LIMIT, WAIT_S, Abandon, Dispatch, Flights
+from p2pdyn.core.flight import MAX_WAITING, MIGRATION_LIMIT, WAIT_S, Flights
+from p2pdyn.core.flight_parts import Abandon, Dispatch
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected
 from p2pdyn.core.router import Router
 from p2pdyn.core.routes import Endpoint, Routes, Serving
@@ -129,7 +130,7 @@ def test_unresumable_request_is_rerun_before_the_first_token_only() -> None:
     assert (sink.ends[0].failure.status, sink.ends[0].failure.code) == (503, "worker_lost")
 
 
-def test_a_request_that_kills_its_workers_stops() -> None:
+def test_a_request_that_is_lost_everywhere_ends() -> None:
     flights = make_flights(A, B)
     sink, dispatch = submit(flights)
     for _ in range(MIGRATION_LIMIT):
@@ -335,16 +336,23 @@ class FlightMachine(RuleBasedStateMachine):
         worker, frame = data.draw(st.sampled_from(self.old_frames))
         self.take(self.flights.tokens(worker, [frame], self.now))
 
-    @rule(worker=st.sampled_from([A, B, C]))
-    def die(self, worker: NodeId) -> None:
+    @rule(worker=st.sampled_from([A, B, C]), died=st.booleans())
+    def die(self, worker: NodeId, died: bool) -> None:
         self.up.discard(worker)
         self.held[worker].clear()
-        self.take(self.flights.worker_lost(worker, "died", self.now))
+        self.take(self.flights.worker_lost(worker, "died", self.now, died))
         self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
 
     @rule(worker=st.sampled_from([A, B, C]))
     def come(self, worker: NodeId) -> None:
         self.up.add(worker)
+        self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
+
+    @rule(worker=st.sampled_from([A, B, C]))
+    def live(self, worker: NodeId) -> None:
+        """It was cut off only."""
+        self.up.add(worker)
+        self.take(self.flights.worker_lives(worker, self.now))
         self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
 
     @rule(worker=st.sampled_from([A, B, C]))
@@ -380,8 +388,13 @@ class FlightMachine(RuleBasedStateMachine):
         for target in self.flights.routes.targets():
             assert target.mine == self.flights.open_at(target.worker)
         idle = {flight.rid for flight in self.flights.open.values() if flight.worker is None}
-        waiting = set(self.flights._waiting)
+        assert not self.flights._waiting.keys() & self.flights._held.keys()
+        waiting = set(self.flights._waiting) | set(self.flights._held)
         assert waiting <= idle
+        trials = self.flights.blame.trials
+        assert not self.flights._held or self.flights._room or trials
+        for worker, rid in self.flights.blame._trials.items():
+            assert self.flights.open[rid].worker == worker
         assert len(idle - waiting) == self.flights.routes.queued().get(MODEL, 0)
         assert (idle == waiting) == (not self.flights.routes.crowded)
         for flight in self.flights.open.values():

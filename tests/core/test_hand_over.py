@@ -298,7 +298,7 @@ def test_hand_overs_do_not_count_as_failures() -> None:
     """Each failure may cost two attempts: the number of attempts limits nothing."""
     flights = make_flights(P, D, E)
     sink, first = submit(flights)
-    for failures in range(MIGRATION_LIMIT):
+    for failures in range(3):
         second = decoding(flights, first)
         flights.tokens(second.worker, [delta(second, failures, 7)], 0.2)
         first = only(flights.worker_lost(second.worker, "died", 0.3))
@@ -306,8 +306,8 @@ def test_hand_overs_do_not_count_as_failures() -> None:
         assert list(first.tokens) == [*PROMPT, *[7] * (failures + 1)]
         flights.routable(serving(P, D, E), 0.3)
     second = decoding(flights, first)
-    flights.tokens(second.worker, [delta(second, MIGRATION_LIMIT, 8, finish="stop")], 0.4)
-    assert [(end.finish, end.migrations) for end in sink.ends] == [("stop", MIGRATION_LIMIT)]
+    flights.tokens(second.worker, [delta(second, 3, 8, finish="stop")], 0.4)
+    assert [(end.finish, end.migrations) for end in sink.ends] == [("stop", 3)]
 
 
 def test_the_decode_worker_died_meanwhile() -> None:

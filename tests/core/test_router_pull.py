@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from p2pdyn.core.disagg import OVERHEAD_S
-from p2pdyn.core.flight import Dispatch, Flights, Transfer
+from p2pdyn.core.flight import Flights
+from p2pdyn.core.flight_parts import Dispatch, Transfer
 from p2pdyn.core.kvhash import chain, root_seed, sequence_hashes
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.request import Job, Logprobs, Outcome
