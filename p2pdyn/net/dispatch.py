@@ -18,7 +18,8 @@ from typing import Any
 from p2pdyn.constants import LINK_IDLE_S, MODEL_KNOWN_S
 from p2pdyn.core import router_tell
 from p2pdyn.core.catalog import Catalog
-from p2pdyn.core.flight import Abandon, Action, Dispatch, Flights, Transfer
+from p2pdyn.core.flight import Flights
+from p2pdyn.core.flight_parts import Abandon, Action, Dispatch, Transfer
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.request import Failure, Job, Logprobs, Rejected, Sink
 from p2pdyn.core.router import Decision, Router
@@ -33,7 +34,7 @@ from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker_link import WorkerLink
 from p2pdyn.text.card import ModelCard
 from p2pdyn.wire.codec import WireError, decode_logprobs, encode, encode_params
-from p2pdyn.wire.requests import Cancel, Generate, Heartbeat, Hello, Prefilled, Refused, Tokens
+from p2pdyn.wire.requests import Cancel, Generate, Heartbeat, Hello, Move, Prefilled, Refused, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,16 @@ RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 JOIN_S, JOIN_POLL_S = 2.0, 0.02
 """A frontend so young may not have heard of the model yet: it asks itself again before it answers 404."""
+
+ABSENT_S = 0.5
+"""A tick that comes this much too late was not kept up by work: this process stood still (SIGSTOP, a suspended host,
+a starved one), and nobody's silence meanwhile says anything."""
+
+ENGINE_CODES = ("engine", "stalled")
+"""Of Refused: the engine has ended, or stands still."""
+
+STEADY_S = 10.0
+"""A link that stayed up this long is opened again at once when it breaks; a flapping one later each time."""
 
 SETTLE_S = 1.0
 """A worker may not have seen a request sent less than this before its heartbeat."""
@@ -79,6 +90,10 @@ class Dispatcher:
         self._peers: dict[NodeId, tuple[int, Address, PeerInfo]] = {}
         self._links: dict[NodeId, WorkerLink] = {}
         self._retry: dict[NodeId, tuple[int, float]] = {}
+        self._died: dict[NodeId, int] = {}
+        """Workers taken for dead as their connections broke, and their epochs."""
+        self._quiet: set[NodeId] = set()
+        """Of whom nothing has been heard for a moment: routed to only if there is nobody else."""
         self._wanted: dict[str, float] = {}
         self._cards = Cards(self._links_of)
         self.catalog = Catalog(MODEL_KNOWN_S)
@@ -92,6 +107,8 @@ class Dispatcher:
         )
         self.loads: dict[Key, Load] = {}
         self.links_lost = 0
+        self._draining = False
+        self._ticked = self._born
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
     # Backend.
@@ -155,7 +172,18 @@ class Dispatcher:
     def peers(self) -> dict[str, Any]:
         return self._report()
 
+    def drain(self) -> None:
+        """This endpoint is to go: it is not ready any more. What is open goes on."""
+        self._draining = True
+
+    def end(self, failure: Failure) -> None:
+        """End all that is open with ``failure``."""
+        self._carry_out(self.flights.end(failure, self._loop.time()))
+        self.on_batch()
+
     def readiness(self) -> tuple[bool, str]:
+        if self._draining:
+            return False, "draining: this endpoint takes no new requests"
         models = self.catalog.models.values()
         concerns = "; ".join(filter(None, [model.concern() for model in models]))
         if any(model.ready for model in models):
@@ -179,8 +207,11 @@ class Dispatcher:
 
     def refresh(self, alive: Iterable[tuple[NodeId, int, Address, PeerInfo]]) -> None:
         """The view has changed: ``(node, epoch, control address, info)`` of every peer that is not dead or gone."""
-        self._peers = {node: (epoch, address, info) for node, epoch, address, info in alive}
+        before, self._peers = self._peers, {node: (epoch, address, info) for node, epoch, address, info in alive}
         now = self._loop.time()
+        for node in self._retry.keys() & self._peers.keys():
+            if node not in before or before[node][0] != self._peers[node][0]:
+                del self._retry[node]  # another life: no reason to wait
         self.catalog.refresh(((node, peer[2]) for node, peer in self._peers.items()), now)
         for worker, link in list(self._links.items()):
             peer = self._peers.get(worker)
@@ -233,8 +264,9 @@ class Dispatcher:
             )
 
     def _link_up(self, link: WorkerLink) -> None:
-        self._retry.pop(link.worker, None)
         log.debug("link to worker %s is up", link.worker)
+        if self._died.pop(link.worker, 0) == link.epoch:
+            self._carry_out(self.flights.worker_lives(link.worker, self._loop.time()))
         if self._follows_kv:
             self.feed.up(link, self._ranks(link.worker))
         self._reroute(self._loop.time())
@@ -245,9 +277,12 @@ class Dispatcher:
             self._suspect(link.worker)
         else:
             log.debug("worker %s cannot be reached: %s", link.worker, reason)
-        self._drop(link.worker, reason)
+        died = link.broke and not link.draining
+        if died:
+            self._died[link.worker] = link.epoch
+        self._drop(link.worker, reason, died)
 
-    def _drop(self, worker: NodeId, reason: str) -> None:
+    def _drop(self, worker: NodeId, reason: str, died: bool = False) -> None:
         link = self._links.pop(worker, None)
         if link is None:
             return
@@ -255,8 +290,10 @@ class Dispatcher:
         self.links_lost += 1
         now = self._loop.time()
         tries, _ = self._retry.get(worker, (0, 0.0))
+        if link.up_since and now - link.up_since > STEADY_S:
+            tries = 0
         self._retry[worker] = (tries + 1, now + RETRY_S[min(tries, len(RETRY_S) - 1)])
-        self._carry_out(self.flights.worker_lost(worker, f"worker {worker} was lost ({reason})", now))
+        self._carry_out(self.flights.worker_lost(worker, f"worker {worker} was lost ({reason})", now, died))
         self._reroute(now)
         self.on_batch()
 
@@ -267,10 +304,11 @@ class Dispatcher:
             del self.loads[key]
 
     def _links_of(self, model: str) -> list[WorkerLink]:
-        """Those to the model's workers that are up."""
+        """Those to the model's workers that are up and take requests."""
         known = self.catalog.models.get(model)
         links = (self._links.get(worker) for worker in (known.workers if known is not None else ()))
-        return [link for link in links if link is not None and link.up]
+        able = [link for link in links if link is not None and link.up and not link.draining]
+        return [link for link in able if link.worker not in self._quiet] or able
 
     def _ranks(self, worker: NodeId) -> int:
         return max((served.ranks for served in self._peers[worker][2].models), default=1)
@@ -306,9 +344,32 @@ class Dispatcher:
                 self._carry_out(self.flights.prefilled(link.worker, message, now))
         elif kind is Refused:
             refused: Refused = message
+            if refused.code in ENGINE_CODES and self.flights.runs(link.worker, refused.rid, refused.attempt):
+                self._engine_failed(link, refused, now)
+                return
+            if refused.code == "draining":
+                self._drains(link, now)
             self._carry_out(
                 self.flights.refused(link.worker, refused.rid, refused.attempt, refused.code, refused.reason, now)
             )
+
+        elif kind is Move and message.epoch == link.epoch:
+            self._drains(link, now)
+            self._carry_out(self.flights.move(link.worker, message.requests, now))
+
+    def _engine_failed(self, link: WorkerLink, refused: Refused, now: float) -> None:
+        """It tells so of each of its requests, after their last tokens: none of them goes on there."""
+        if refused.code == "engine":
+            self._drop(link.worker, refused.reason, died=True)
+        else:
+            reason = f"worker {link.worker}: {refused.reason}"
+            self._carry_out(self.flights.worker_lost(link.worker, reason, now, died=True))
+
+    def _drains(self, link: WorkerLink, now: float) -> None:
+        """Its worker says so itself, perhaps before gossip does."""
+        if not link.draining:
+            link.draining = True
+            self._reroute(now)
 
     def _load(self, worker: NodeId, rank: int, load: Load) -> None:
         self.loads[worker, rank] = load
@@ -380,8 +441,14 @@ class Dispatcher:
     def _tick(self) -> None:
         now = self._loop.time()
         self._timer = self._loop.call_later(TICK_S, self._tick)
+        late, self._ticked = now - self._ticked - TICK_S, now
+        absent = late if late > ABSENT_S else 0.0
         for link in list(self._links.values()):
-            link.tick(now, self.flights.open_at(link.worker) > 0)
+            link.tick(now, self.flights.open_at(link.worker) > 0, absent)
+        quiet = {worker for worker, link in self._links.items() if link.up and not link.fresh(now)}
+        if quiet != self._quiet:
+            self._quiet = quiet
+            self._reroute(now)
         self._carry_out(self.flights.tick(now))
         self.feed.tick(now)
         self.catalog.expire(now)

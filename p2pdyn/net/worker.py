@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
 from p2pdyn.core.disagg import OVERHEAD_S, PULL_BPS, TOKEN_PULL_S
+from p2pdyn.core.handed import HandedOver
+from p2pdyn.core.lease import QUARANTINED
 from p2pdyn.core.served import Served
 from p2pdyn.core.speed import PullMeter, SpeedMeter
 from p2pdyn.core.types import Address, Load, NodeId
@@ -32,6 +34,7 @@ from p2pdyn.wire.requests import (
     Generate,
     Heartbeat,
     Hello,
+    Move,
     Prefilled,
     Refused,
     Renew,
@@ -53,8 +56,6 @@ TELL_TOKENS = 512
 STEPS_S = 0.001
 """Engine steps that follow each other faster than this share a message: each costs both peers a wake-up of two threads.
 A step after a pause is sent at once, so that an engine with steps longer than this is never held up."""
-MAX_HELD = 1024
-"""Hand-overs remembered, for a frontend that gives one up: it does so within seconds, or never."""
 CLOCK_JUMP_S = 2.0
 """A tick this late means that this process stood still (SIGSTOP, a suspended host), not that its frontends did."""
 
@@ -81,15 +82,18 @@ class WorkerService:
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
         self._moves_kv = False
-        self._held: dict[tuple[bytes, int, int], int] = {}
-        """Hand-overs of an engine that moves KV by itself, newest last; it knows itself which have ended."""
+        self._handed = HandedOver()
         self.kv: KvSource | None = None
         self.transfers: Transfers | None = None
         self._engine_events: EngineEvents | None = None
         self._speed = SpeedMeter()
         self._pulls = PullMeter(TOKEN_PULL_S, OVERHEAD_S)
+        self._blocks = 0
+        """In use after the last step: during the next one, at whose end those of what has ended are free again."""
         self._admitted: list[base.Sequence] = []
         self._aborted: list[int] = []
+        self._stalled: list[int] = []
+        """What the engine had when it began to stand still."""
         self._admitting = False
         self._event_seq = 0
         self._was_busy = False
@@ -155,19 +159,58 @@ class WorkerService:
     def open(self) -> int:
         return len(self._served.running) if self._served is not None else 0
 
+    @property
+    def leases(self) -> int:
+        """On KV blocks that others may still take."""
+        if self.transfers is None:
+            return self._handed.recent(monotonic())
+        return sum(lease.state != QUARANTINED for lease in self.transfers.lender.leases.values())
+
     def drain(self) -> None:
         """Refuse new requests; those that run go on."""
         if self._served is not None:
             self._served.draining = True
 
+    def move(self) -> None:
+        """Ask every frontend to take its requests elsewhere."""
+        if self._served is not None:
+            for connection, requests in self._served.requests().items():
+                self._send(connection, encode(Move(self._epoch, requests)))
+
+    def end(self, code: str, reason: str) -> None:
+        """Tell every frontend that its requests do not go on here, so that they do elsewhere at once."""
+        if self._served is not None:
+            self._send_due(held_back=True)
+            for running in self._served.all_failed():
+                self._send(running.connection, encode(Refused(running.rid, running.attempt, code, reason[:500])))
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds without a step after which the engine stands still."""
+        return self._speed.patience_s
+
+    def stall(self, reason: str) -> None:
+        """The engine stands still: what it has goes on elsewhere, and it gets nothing more until :meth:`resume`."""
+        if self._served is not None:
+            log.error("%s: its requests go elsewhere", reason)
+            self._stalled += self._served.running
+            self._served.stalled = reason
+            self.end("stalled", reason)
+
+    def resume(self) -> None:
+        """The engine has stepped again. Only now is it told that nobody waits for what it had: until then its having
+        work is what tells that it stands still."""
+        if self._served is not None:
+            self._served.stalled = ""
+        stalled, self._stalled = self._stalled, []
+        self._abort(stalled)
+        self._batch_done()
+
     def engine_died(self, reason: str) -> None:
-        """Tell every frontend, so that its requests go elsewhere at once."""
         if self._served is None:
             return
         log.error("the engine died: %s", reason)
-        self._send_due(held_back=True)
-        for running in self._served.all_failed():
-            self._send(running.connection, encode(Refused(running.rid, running.attempt, "engine", reason[:500])))
+        self.end("engine", reason)
         self._speed.clear()
         self._served = None
         if self.transfers is not None:
@@ -251,9 +294,9 @@ class WorkerService:
             self._abort(self._served.cancel(connection, message.requests))
         if self.transfers is not None:
             self.transfers.given_up(connection, message.requests)
-        if self._held and self._runner is not None:
-            keys = [self._held.pop((connection, *request), None) for request in message.requests]
-            self._runner.transfer([base.Release(key) for key in keys if key is not None])
+        keys = self._handed.given_up(connection, message.requests)
+        if keys and self._runner is not None:
+            self._runner.transfer([base.Release(key) for key in keys])
 
     def _on_transfer(self, connection: bytes, message: Claim | Renew | Commit | Return) -> None:
         if self.transfers is not None:
@@ -350,9 +393,7 @@ class WorkerService:
         if self.transfers is not None:
             lease = self.transfers.handed_over(held, *request)
         elif held.params:
-            self._held[request] = held.key
-            while len(self._held) > MAX_HELD:
-                del self._held[next(iter(self._held))]
+            self._handed.add(request, held.key, monotonic())
         elif self._runner is not None:  # --kv-transfer off, and a frontend that asks all the same
             self._runner.transfer([base.Release(held.key)])
         self._speed.first_tokens(((held.key, held.cached),), monotonic())
@@ -370,7 +411,8 @@ class WorkerService:
             served.started.clear()
         took = self._speed.step(outputs, now)
         if took:
-            self._speed.sample(took, self.load.active_blocks)
+            self._speed.sample(took, self._blocks)
+        self._blocks = self.load.active_blocks
 
     def _send_late(self) -> None:
         self._send_timer = None

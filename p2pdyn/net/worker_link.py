@@ -23,6 +23,7 @@ from p2pdyn.wire.requests import (
     Granted,
     Heartbeat,
     Hello,
+    Move,
     Prefilled,
     Refused,
     Renewed,
@@ -39,7 +40,7 @@ IDLE_SILENCE_S = 3.5
 FETCH_S = 5.0
 """For one chunk of a bulk transfer."""
 
-ANSWERS = frozenset((Tokens, Heartbeat, Refused, Prefilled, Granted, Renewed, Committed))
+ANSWERS = frozenset((Tokens, Heartbeat, Refused, Prefilled, Move, Granted, Renewed, Committed))
 """What ``on_message`` hears of; the link itself takes the others."""
 
 
@@ -66,10 +67,15 @@ class WorkerLink:
         self.worker = worker
         self.epoch = epoch
         self.up = False
+        self.up_since = 0.0
         self.proven = False
         """Has been up: what is said of it now is news."""
+        self.broke = False
+        """It went down because the connection was lost: the worker's process has ended, for all we know."""
+        self.draining = False
+        """The worker has said so: it takes nothing new, whatever gossip still has it as."""
         self.heard = self.opened = self._idle_at = self._loop.time()
-        self._greeted = 0.0
+        self._greeted = self._told = 0.0
         self._hello = encode(hello)
         self._closed = False
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
@@ -88,7 +94,7 @@ class WorkerLink:
             max_size=REQUEST_MAX,
             batch_done=batch_done,
             on_up=self._greet,
-            on_down=self._down,
+            on_down=self._broke,
         )
 
     def send(self, data: bytes) -> bool:
@@ -105,8 +111,15 @@ class WorkerLink:
         for future in self._fetches.values():
             future.cancel()
 
-    def tick(self, now: float, busy: bool) -> None:
-        """Each 0.25 s: greet, and notice silence. ``busy``: requests of ours are open there."""
+    def fresh(self, now: float) -> bool:
+        """Something has been heard of it lately: an idle worker tells its load as often as a busy one its heartbeat."""
+        return now - max(self.heard, self._told) <= STREAM_SILENCE_S
+
+    def tick(self, now: float, busy: bool, absent: float = 0.0) -> None:
+        """Each 0.25 s: greet, and notice silence. ``busy``: requests of ours are open there. ``absent``: seconds for
+        which this process stood still and heard nobody, which says nothing of the worker."""
+        self.heard += absent
+        self._told += absent
         if now - self._greeted >= HELLO_S:
             self._greet()
         if not busy:
@@ -150,6 +163,10 @@ class WorkerLink:
         self._greeted = self._loop.time()
         self.send(self._hello)
 
+    def _broke(self, reason: str) -> None:
+        self.broke = self.up
+        self._down(reason)
+
     def _down(self, reason: str) -> None:
         if self._closed:
             return
@@ -185,6 +202,7 @@ class WorkerLink:
             return
         if not self.up:
             self.up = self.proven = True
+            self.up_since = self._loop.time()
             self._on_up(self)
 
     def _receive_event(self, frames: list[bytes]) -> None:
@@ -202,6 +220,7 @@ class WorkerLink:
             return
         if isinstance(event, LoadEvent) and event.epoch == self.epoch and event.seq > self._load_seq:
             self._load_seq = event.seq
+            self._told = self._loop.time()
             if self._on_load is not None:
                 self._on_load(self.worker, event.rank, _load(event))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from p2pdyn.core.flight import Action
+from p2pdyn.core.flight_parts import Action
 from p2pdyn.core.request import Job, Logprobs, Outcome, Rejected
 from p2pdyn.core.types import READY, Address, Load, NodeId, PeerInfo, SamplingParams, ServedModel
 from p2pdyn.engines.base import EngineInfo, EngineOptions
