@@ -141,7 +141,7 @@ def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
         with contextlib.closing(stream(one, tokens=200)) as client:
             assert client.getresponse().status == 200
             one.node.signal(signal.SIGTERM)
-            wait_for(lambda: one.peers()["n-w1"]["state"] == "draining", 5, "draining")
+            wait_for(lambda: one.peers()["n"]["state"] == "draining", 5, "draining")
             one.node.signal(signal.SIGTERM)
             assert one.node.process.wait(6) == 0
 

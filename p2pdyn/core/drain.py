@@ -8,6 +8,7 @@ serving --asked--> finishing --FINISH_S--> moving --LIMIT_S--> left
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from p2pdyn.core.types import AGGREGATED, DECODE, READY, NodeId, PeerInfo
@@ -38,42 +39,51 @@ class Open(NamedTuple):
     """That it supervises."""
 
 
-class Begin(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Begin:
     """Somebody asks for a drain: again and again, if they like."""
 
 
-class Signal(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Signal:
     """SIGTERM: the first one asks for a drain, the second for the end."""
 
 
-class Seen(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Seen:
     open: Open
 
 
 Event = Begin | Signal | Seen
 
 
-class Refuse(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Refuse:
     """Say that this node drains, and take nothing new."""
 
 
-class DrainWorkers(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DrainWorkers:
     """Those that it supervises."""
 
 
-class HurryWorkers(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class HurryWorkers:
     """They have had their time."""
 
 
-class Move(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Move:
     """Ask the frontends to take their streams elsewhere."""
 
 
-class End(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class End:
     """End with an error what is still open."""
 
 
-class Leave(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Leave:
     """Last."""
 
 

@@ -16,6 +16,7 @@ from p2pdyn.core.supervise import (
     Exited,
     Finished,
     Kill,
+    Revive,
     Say,
     Spawn,
     Stop,
@@ -90,6 +91,29 @@ def test_a_misconfigured_worker_fails_the_supervisor_at_the_start_only() -> None
     assert core.next_deadline() == BACKOFF_S[0]
 
 
+def test_a_drained_worker_stays_down_until_it_is_revived() -> None:
+    core = begun(2)
+    [said] = core.handle(Exited(0, 0), 1.0)
+    assert isinstance(said, Say)
+    assert "SIGHUP" in said.text
+    assert core.next_deadline() is None
+    assert core.handle(Tick(), 100.0) == []
+    assert core.running == 1
+    assert core.handle(Revive(), 101.0) == [Spawn(0)]
+    assert core.handle(Revive(), 102.0) == []
+    core.handle(Exited(0, 0), 103.0)
+    assert core.handle(Stop(), 104.0) == [Terminate(1)]
+    assert core.handle(Revive(), 105.0) == []
+    assert core.handle(Exited(1, 0), 106.0) == [Finished(0)]
+
+
+def test_drained_before_the_others_were_ready_it_is_not_waited_for() -> None:
+    core = begun(2, ready=False)
+    core.handle(BecameReady(0), 1.0)
+    core.handle(Exited(0, 0), 2.0)
+    assert core.handle(BecameReady(1), 3.0) == [AllReady()]
+
+
 def test_stop_drains_all_together() -> None:
     core = begun(3)
     core.handle(Exited(2, 1), 0.0)
@@ -123,6 +147,7 @@ class Machine(RuleBasedStateMachine):
         self.core = Supervision(workers)
         self.now = 0.0
         self.running: set[int] = set()
+        self.drained: set[int] = set()
         self.ready_told = 0
         self.finished = 0
         self.stopping = False
@@ -134,6 +159,7 @@ class Machine(RuleBasedStateMachine):
                 case Spawn(worker):
                     assert worker not in self.running
                     assert not self.stopping
+                    assert worker not in self.drained
                     self.running.add(worker)
                 case Terminate(worker) | Kill(worker):
                     assert worker in self.running
@@ -153,7 +179,15 @@ class Machine(RuleBasedStateMachine):
     def ends(self, worker: int, code: int) -> None:
         if worker in self.running:
             self.running.discard(worker)
+            if code == 0:
+                self.drained.add(worker)
             self.carry_out(self.core.handle(Exited(worker, code), self.now))
+
+    @rule()
+    def revived(self) -> None:
+        if not self.stopping:
+            self.drained.clear()
+        self.carry_out(self.core.handle(Revive(), self.now))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 30.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
@@ -173,8 +207,8 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def never_gives_up(self) -> None:
-        """Something runs, or will be started, or all is finished."""
-        assert self.running or self.core.next_deadline() is not None or self.finished
+        """Something runs, or will be started, or all is finished, or drained."""
+        assert self.running or self.core.next_deadline() is not None or self.finished or self.drained
 
 
 Machine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
