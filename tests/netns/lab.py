@@ -101,6 +101,8 @@ class Host:
     address: str
     folder: Path
     key: Path | None = None
+    port: str = ""
+    """The switch's end of its cable."""
 
     @property
     def prefix(self) -> tuple[str, ...]:
@@ -189,8 +191,8 @@ class Lab:
         space = self._space(name)
         folder = self.folder / name
         folder.mkdir()
-        self._plug(space, "eth0", switch, number)
-        return Host(self, name, space, f"{switch.prefix}.{number}", folder)
+        port = self._plug(space, "eth0", switch, number)
+        return Host(self, name, space, f"{switch.prefix}.{number}", folder, port=port)
 
     def router(self, *switches: Switch, number: int = 254) -> Host:
         """A host that forwards between the segments, at ``prefix.number`` in each."""
@@ -235,10 +237,12 @@ class Lab:
         run("ip", "-n", space, "link", "set", "lo", "up")
         return space
 
-    def _plug(self, space: str, port: str, switch: Switch, number: int) -> None:
+    def _plug(self, space: str, port: str, switch: Switch, number: int) -> str:
+        """The name of the switch's port."""
         switch.ports += 1
         there = f"port{switch.ports}"
         run("ip", "link", "add", port, "netns", space, "type", "veth", "peer", "name", there, "netns", switch.space)
         run("ip", "-n", switch.space, "link", "set", there, "master", "br0", "up")
         run("ip", "-n", space, "addr", "add", f"{switch.prefix}.{number}/24", "dev", port)
         run("ip", "-n", space, "link", "set", port, "up")
+        return there
