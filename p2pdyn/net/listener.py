@@ -16,7 +16,7 @@ import zmq
 from p2pdyn.core.types import Address
 from p2pdyn.net.complaints import Complaints
 from p2pdyn.net.curve import Keypair
-from p2pdyn.net.monitor import Doorman
+from p2pdyn.net.doorman import Doorman
 from p2pdyn.net.zap import DOMAIN
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Listener:
                 self._bound.append(self._listen(wanted))
             except zmq.ZMQError as error:
                 raise OSError(error.errno, _why_not_bound(wanted, error)) from None
+        self._doorman.ports = frozenset([address.port for address, _ in self._bound])
         return tuple([address for address, _ in self._bound])
 
     def change_key(self, key: Keypair) -> None:

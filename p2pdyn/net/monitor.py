@@ -1,15 +1,12 @@
 """What ZeroMQ does behind the scenes, from its socket monitors: connections up and down, refused handshakes, by whom.
 
 A connecting socket is left by libzmq for ever after a protocol error (a wrong key is one), so the :class:`Dialer` dials
-again itself, with the next cluster key.  A binding socket's failed handshakes name no peer; the :class:`Doorman` finds
-the address through the descriptor that the accept event names.
+again itself, with the next cluster key.  :mod:`p2pdyn.net.doorman` watches the binding ones.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket as bsd
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -39,19 +36,12 @@ _DIAL_EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-_DOOR_EVENTS = (
-    zmq.EVENT_ACCEPTED
-    | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-)
 _FAILED = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
 )
-_MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
-_CRYPTOGRAPHIC = int(zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC)
+MISMATCH = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 
 _names = count()
 
@@ -71,6 +61,8 @@ class Monitor:
         self._on_event = on_event
         watched.monitor(name, events)
         self._socket: zmq.Socket[bytes] = watched.context.socket(zmq.PAIR)
+        # libzmq's thread waits, holding a lock that close() needs, where a monitor's queue is full.
+        self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(name)
         self._pump = Pump(loop, self._socket, self._drain)
 
@@ -188,7 +180,7 @@ class Dialer:
 def _why_refused(event: int, value: int, have_key: bool) -> str:
     if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
         return "refused this peer's cluster key: give both the same --cluster-key file"
-    if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == _MISMATCH:
+    if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and value == MISMATCH:
         if have_key:
             return "has no cluster key, but this peer has one: start it with the same --cluster-key file"
         return "wants a cluster key, but this peer has none: start this peer with its cluster's --cluster-key file"
@@ -200,54 +192,3 @@ def _why_refused(event: int, value: int, have_key: bool) -> str:
             )
         return "hung up: if it wants a cluster key, start this peer with its cluster's --cluster-key file"
     return "does not answer as a p2pdyn peer: check its address and port"
-
-
-class Doorman:
-    """Counts the handshakes that fail at a bound socket, by cause, and names who it was."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes], complaints: Complaints) -> None:
-        self._complaints = complaints
-        self._visitors: dict[int, str] = {}
-        self._failure: tuple[int, int] | None = None
-        self._monitor = Monitor(loop, socket, _DOOR_EVENTS, self._event)
-        self.close = self._monitor.close
-
-    def _event(self, event: int, value: int) -> None:
-        if event == zmq.EVENT_ACCEPTED:
-            self._visitors[value] = _peer_of(value)
-        elif event == zmq.EVENT_DISCONNECTED:
-            # libzmq reports a failure and then, in the same breath, the descriptor that it closed.
-            visitor = self._visitors.pop(value, "somebody")
-            if self._failure is not None:
-                self._turned_away(visitor, *self._failure)
-                self._failure = None
-        else:
-            self._failure = (event, value)
-
-    def _turned_away(self, visitor: str, event: int, value: int) -> None:
-        if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-            # It hung up, or said nothing: a scan, a peer that gave up waiting, one that found our key to be another.
-            self._complaints.counts["abandoned-handshake"] += 1
-        elif value == _CRYPTOGRAPHIC:
-            self._complaints.add("refused-key", visitor, f"turned away {visitor}: it has another cluster key")
-        elif value == _MISMATCH:
-            text = f"turned away {visitor}: one of the two has a cluster key and the other none"
-            self._complaints.add("refused-key", visitor, text)
-        else:
-            text = f"turned away {visitor}: it does not speak as a p2pdyn peer does"
-            self._complaints.add("bad-handshake", visitor, text)
-
-
-def _peer_of(descriptor: int) -> str:
-    """The host behind a descriptor of libzmq's, closed or reused by now perhaps: good for a log line only."""
-    with suppress(OSError):
-        copy = os.dup(descriptor)
-        try:
-            peer = bsd.socket(fileno=copy)
-        except OSError:  # no socket at all any more
-            os.close(copy)
-            return "somebody"
-        with peer:
-            name = peer.getpeername()
-            return str(name[0]) if name else "somebody"
-    return "somebody"
