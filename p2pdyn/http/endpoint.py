@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from p2pdyn.http.backend import Backend
-from p2pdyn.http.errors import HttpError, unknown_path, wrong_method
+from p2pdyn.http.errors import HttpError, retry_after, unknown_path, wrong_method
 from p2pdyn.http.exchange import Exchange
 from p2pdyn.http.explain import Explanations
 from p2pdyn.http.generate import Generations
-from p2pdyn.http.keys import ApiKeys
+from p2pdyn.http.keys import ApiKeys, presented
 from p2pdyn.http.metrics import HttpMetrics
 
 if TYPE_CHECKING:
@@ -32,18 +32,26 @@ class Gate:
 
     def __init__(self, keys: ApiKeys) -> None:
         self._keys = keys
+        self.draining = False
+        """This endpoint is to go: no generation is let in."""
 
     def refuse(self, method: str, path: str, fields: dict[bytes, bytes]) -> HttpError | None:
         if self._keys.required and path not in OPEN and not self._keys.accept(fields.get(b"authorization")):
             message = "The API key is missing or wrong: send it as 'Authorization: Bearer KEY'."
             return HttpError(401, message, "invalid_api_key", headers=b"www-authenticate: Bearer\r\n")
         if path in GENERATIONS:
+            if self.draining and method == "POST":
+                message = "This endpoint is draining and takes no new requests: use another one, or retry in a moment."
+                return HttpError(503, message, "draining", headers=retry_after(1))
             return None if method == "POST" else wrong_method(method, "POST")
         if path == EXPLAIN:
             return None if method == "POST" else wrong_method(method, "POST")
         if path in READS or path.startswith(MODEL):
             return None if method in ("GET", "HEAD") else wrong_method(method, "GET, HEAD")
         return unknown_path(path)
+
+    def client(self, host: str, fields: dict[bytes, bytes]) -> str:
+        return "key " + presented(fields.get(b"authorization")) if self._keys.required else host
 
     def label(self, path: str) -> str:
         if path.startswith(MODEL):

@@ -35,7 +35,7 @@ class Exchange:
 
     __slots__ = (
         "_head", "body", "connection", "disconnected", "fields", "keep_alive", "method", "on_disconnect", "path",
-        "request_id", "started", "status", "target", "version",
+        "request_id", "size", "started", "status", "target", "version",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +52,8 @@ class Exchange:
         self.method, self.target, self.path, self.fields = method, target, path, fields
         self.version, self.keep_alive = version, keep_alive
         self.body: bytes | bytearray = b""
+        self.size = 0
+        """Bytes of its body, also when that is gone."""
         self.request_id = _request_id(fields.get(b"x-request-id"))
         self.started = self.disconnected = False
         self.status = 0
@@ -110,6 +112,11 @@ class Exchange:
         close = b"" if self.keep_alive else b"connection: close\r\n"
         date = self.connection.shared.date
         return b"%b%b%b%b%b\r\n" % (STATUS_LINE[status], date, headers, self.identity(), close)
+
+    @property
+    def client(self) -> str:
+        """Whose request it is, where clients share something."""
+        return self.connection.shared.gate.client(self.connection.host, self.fields)
 
     def identity(self) -> bytes:
         return b"x-request-id: %b\r\n" % self.request_id

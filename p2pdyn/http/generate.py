@@ -132,6 +132,7 @@ def _jobs(exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int]) 
     name, trace = exchange.request_id.decode(), fields.get(b"traceparent", b"")
     trace = trace if trace and TRACEPARENT.fullmatch(trace) else b""
     whole = not (ask.stream or ask.stops or ask.params.logprobs is not None)
+    client = exchange.client
     jobs: list[tuple[Job, int, str]] = []
     for number, (tokens, echo) in enumerate(prompts):
         most = ask.max_tokens or (room[number] if ask.messages else min(COMPLETION_TOKENS, room[number]))
@@ -141,7 +142,7 @@ def _jobs(exchange: Exchange, ask: Ask, prompts: list[Prompt], room: list[int]) 
                 seed = None if params.seed is None else (params.seed + copy) & SEED_MASK
                 params = replace(params, seed=seed)
             params.max_tokens, params.min_tokens = most, min(params.min_tokens, most)
-            job = Job(ask.model, tokens, params, ask.resumable, pin, session, name, trace.decode(), whole)
+            job = Job(ask.model, tokens, params, ask.resumable, pin, session, name, trace.decode(), whole, client)
             jobs.append((job, number, echo))
     return jobs
 

@@ -51,5 +51,10 @@ class ApiKeys:
         return any(matches) and scheme.lower() == b"bearer"
 
 
+def presented(authorization: bytes | None) -> str:
+    """A name for the key of an Authorization header that has been accepted, which does not tell the key."""
+    return _digest((authorization or b"").partition(b" ")[2].strip())[:8].hex()
+
+
 def _digest(key: bytes) -> bytes:
     return hashlib.blake2b(key, digest_size=32).digest()

@@ -21,6 +21,9 @@ from urllib.parse import unquote
 
 import httptools
 
+from p2pdyn.core.share import Share
+from p2pdyn.http.clients import host_of
+from p2pdyn.http.descriptors import Descriptors
 from p2pdyn.http.errors import HttpError, bad, retry_after
 from p2pdyn.http.exchange import JSON, STATUS_LINE, Exchange
 from p2pdyn.http.metrics import HttpMetrics
@@ -36,6 +39,14 @@ NOT_SENT_LOW = 64 * 1024
 
 PLAIN_PATH = re.compile(rb"(?:/[a-z0-9]+)+")
 
+GREED = 3
+"""One host may hold three times as many connections, and bytes of requests, as are free: three fourths if it is alone.
+Many stand behind one proxy, so it is more than in the queue for workers."""
+
+MAX_RETRY_S, BODIES_S = 30, 2
+"""Longest Retry-After of a refused connection; and that of a body for which there is no room (bodies of some kB come
+within a second, and what they hold is free with their answer)."""
+
 IDLE, HEADER, BODY = "idle", "header", "body"
 
 
@@ -44,6 +55,9 @@ class Gate(Protocol):
 
     def refuse(self, method: str, path: str, fields: dict[bytes, bytes]) -> HttpError | None:
         """Why the request is not read any further, if so."""
+
+    def client(self, host: str, fields: dict[bytes, bytes]) -> str:
+        """Whose a request from ``host`` is, where clients share something."""
 
     def label(self, path: str) -> str:
         """The path as metrics name it: one of a few."""
@@ -58,6 +72,13 @@ class Shared:
         self.metrics = metrics
         self.serve = serve
         self.connections: set[Connection] = set()
+        self.places = Share(limits.connections, GREED)
+        """Connections, by host; those that were refused have none."""
+        self.bodies = Share(limits.held_bytes, GREED)
+        """Bytes of requests that are read or answered, by host."""
+        self.descriptors = Descriptors(limits.spare_descriptors)
+        self.left_at = 0.0
+        """When the last connection that had a place went."""
         self.set_date("")
         self.stopping = False
         self._quiet = asyncio.Event()
@@ -67,9 +88,35 @@ class Shared:
         self.date = b"date: %b\r\n" % date.encode()
         self.default_headers = [(b"date", date.encode())]
 
-    def left(self, connection: Connection) -> None:
+    def came(self, connection: Connection, descriptor: int, now: float) -> HttpError | None:
+        """A connection is there, on ``descriptor``; why it is refused, if so."""
+        self.connections.add(connection)
+        if self.descriptors.short(descriptor, now):
+            message = f"This endpoint is out of file descriptors (limit {self.descriptors.limit}); retry later."
+            return HttpError(503, message, "out_of_descriptors", headers=self._when_one_leaves(now))
+        host, most = connection.host, self.limits.connections
+        if self.places.allows(host):
+            self.places.take(host)
+            connection.placed = True
+            return None
+        mine = self.places.of(host)
+        message = f"This endpoint serves at most {most} connections; retry later."
+        if self.places.free > 0:
+            message = f"{mine} of the {most} connections that this endpoint serves are yours; use them again, or retry."
+        return HttpError(503, message, "too_many_connections", headers=self._when_one_leaves(now))
+
+    def _when_one_leaves(self, now: float) -> bytes:
+        """Retry-After: the longer nobody has left, the longer it will take."""
+        return retry_after(min(MAX_RETRY_S, max(1, round(now - self.left_at)))) if self.left_at else retry_after(1)
+
+    def left(self, connection: Connection, now: float) -> None:
         """A connection has gone."""
         self.connections.discard(connection)
+        if connection.placed:
+            self.places.give(connection.host)
+            self.left_at = now
+        if connection.held:
+            self.bodies.give(connection.host, connection.held)
         if not self.connections:
             self._quiet.set()
 
@@ -101,6 +148,11 @@ class Connection(asyncio.Protocol):
         """The request that is being answered."""
         self.flow: FlowControl | None = None
         """Holds the application back that answers it, if one does, while the client does not read."""
+        self.host = ""
+        self.placed = False
+        """It has one of the endpoint's places."""
+        self.held = 0
+        """Bytes of bodies that are counted for it."""
         self._loop = loop
         self._parser = httptools.HttpRequestParser(self)
         self._waiting: deque[Exchange] = deque()
@@ -116,25 +168,29 @@ class Connection(asyncio.Protocol):
         self._received = 0
         self._refusal: HttpError | None = None
         self._linger_until: float | None = None
-        self._written = 0
-        self._drained = 0
-        self._stuck_since: float | None = None
+        self._written = self._drained = 0
+        self._stuck_since = self.since
+        self._mark = 0
+        """So much has to be read by ``_read_by``."""
+        self._read_by = 0.0
 
     # ---- transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport = cast(asyncio.Transport, transport)
-        connections = self.shared.connections
-        connections.add(self)
         transport.set_write_buffer_limits(high=self.limits.slow_bytes)
         raw = transport.get_extra_info("socket")
         if raw is not None:
             with contextlib.suppress(OSError, AttributeError):
                 raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_LOW)
-        if len(connections) > self.limits.connections:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer)
+        self.host = host_of(transport.get_extra_info("peername"))
+        refusal = self.shared.came(self, raw.fileno() if raw is not None else -1, self._loop.time())
+        if refusal is not None:
             self.shared.metrics.refused_connections += 1
-            message = f"This endpoint serves at most {self.limits.connections} connections; retry later."
-            self._refuse(HttpError(503, message, "too_many_connections", headers=retry_after(1)))
+            self._refuse(refusal)
+            if len(self.shared.connections) > self.limits.connections or refusal.code == "out_of_descriptors":
+                transport.close()  # too many even to let them read why in peace
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._waiting.clear()
@@ -142,7 +198,7 @@ class Connection(asyncio.Protocol):
         if active is not None:
             self.shared.metrics.disconnects += 1
             active.lost()
-        self.shared.left(self)
+        self.shared.left(self, self._loop.time())
         del self._parser  # it refers back to its connection
 
     def send_bytes(self, data: bytes) -> None:
@@ -268,9 +324,17 @@ class Connection(asyncio.Protocol):
             exchange.body += body
         else:
             exchange.body = bytearray(exchange.body + body)
-        self._received += len(body)
-        if len(exchange.body) > self.limits.body_bytes:
+        size = len(body)
+        self._received += size
+        exchange.size += size
+        if exchange.size > self.limits.body_bytes:
             raise Refused(self._body_too_large())
+        bodies = self.shared.bodies
+        if not bodies.allows(self.host, size):
+            message = f"The requests that this endpoint holds have {bodies.total // 2**20} MB already; retry later."
+            raise Refused(HttpError(503, message, "overloaded", headers=retry_after(BODIES_S)))
+        bodies.take(self.host, size)
+        self.held += size
 
     def on_message_complete(self) -> None:
         self.reading = IDLE
@@ -296,6 +360,12 @@ class Connection(asyncio.Protocol):
             self._paused = False
             self.transport.resume_reading()
 
+    @property
+    def busy(self) -> bool:
+        """A request has passed the gate and its answer is not complete."""
+        asked = self._incoming is not None and self._linger_until is None
+        return self.active is not None or bool(self._waiting) or asked
+
     # ---- the end of a request, or of the connection
 
     def answered(self, exchange: Exchange) -> None:
@@ -303,6 +373,9 @@ class Connection(asyncio.Protocol):
         shared = self.shared
         shared.metrics.requests[(shared.gate.label(exchange.path), exchange.status)] += 1
         self.active = None
+        if exchange.size:
+            shared.bodies.give(self.host, exchange.size)
+            self.held -= exchange.size
         if not exchange.keep_alive:
             self.transport.close()
             return
@@ -363,13 +436,18 @@ class Connection(asyncio.Protocol):
             self._refuse(HttpError(408, message, "timeout"))
 
     def _check_reader(self, now: float) -> None:
-        """Cut a client that has let data lie unread for too long."""
+        """Cut a client that reads nothing for ``slow_s``, or what has come together slower than ``read_rate``."""
         unread = self.transport.get_write_buffer_size()
         drained = self._written - unread
-        if not unread or drained != self._drained:
-            self._stuck_since = now if unread else None
-            self._drained = drained
-        elif self._stuck_since is not None and now - self._stuck_since > self.limits.slow_s:
+        if drained >= self._mark:
+            self._mark = self._written
+            self._read_by = now + self.limits.slow_s + unread / self.limits.read_rate
+        if drained != self._drained or not unread:
+            self._drained, self._stuck_since = drained, now
+        elif now - self._stuck_since > self.limits.slow_s:
+            self.cut_slow_reader()
+            return
+        if now > self._read_by:
             self.cut_slow_reader()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import resource
 import ssl
 from dataclasses import replace
 from email.utils import formatdate
@@ -13,6 +12,7 @@ from typing import Any
 from p2pdyn.core.request import Rejected
 from p2pdyn.core.types import Address
 from p2pdyn.http.backend import Backend
+from p2pdyn.http.descriptors import descriptor_limit
 from p2pdyn.http.endpoint import Endpoint, Gate
 from p2pdyn.http.errors import HttpError
 from p2pdyn.http.keys import ApiKeys
@@ -28,8 +28,6 @@ SWEEP_S = 0.5
 FORMS = ("auto", "chat", "completion")
 STOP_S = 1.0
 """For closed connections and cancelled tasks to be gone."""
-SPARE_DESCRIPTORS = 64
-"""Left for the mesh when the process may open fewer descriptors than there may be connections."""
 
 
 class HttpServer:
@@ -42,7 +40,8 @@ class HttpServer:
         self._tls = _tls_context(settings)
         self.metrics = HttpMetrics()
         self._endpoint = Endpoint(backend, self.metrics, lambda: len(self._shared.connections))
-        self._shared = Shared(settings.limits, Gate(self._keys), self.metrics, self._endpoint.serve)
+        self._gate = Gate(self._keys)
+        self._shared = Shared(_within_descriptors(settings.limits), self._gate, self.metrics, self._endpoint.serve)
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.TimerHandle | None = None
         self._sweep_s = SWEEP_S
@@ -51,8 +50,6 @@ class HttpServer:
         """Bind, and answer the endpoint's URL. Raises OSError whose ``strerror`` says why it cannot bind."""
         loop = asyncio.get_running_loop()
         address, limits = self._settings.address, self._shared.limits
-        self._check_descriptors(limits)
-
         try:
             self._server = await loop.create_server(
                 lambda: Connection(self._shared, loop), address.host, address.port, ssl=self._tls, backlog=BACKLOG
@@ -85,6 +82,18 @@ class HttpServer:
         except Rejected as error:
             raise ValueError(error.failure.message) from error
 
+    @property
+    def open(self) -> int:
+        """Requests that are being answered, or read."""
+        return sum(connection.busy for connection in self._shared.connections)
+
+    def drain(self) -> None:
+        """Refuse new generations; every connection closes behind its next answer. What is open goes on."""
+        self._gate.draining = self._shared.stopping = True
+        for connection in self._shared.connections:
+            if connection.active is not None:
+                connection.active.keep_alive = False
+
     async def stop(self, grace_s: float) -> None:
         """Accept nothing more, let open answers end for ``grace_s``, then close all. Idempotent."""
         server, self._server = self._server, None
@@ -103,18 +112,21 @@ class HttpServer:
         if self._sweeper is not None:
             self._sweeper.cancel()
 
-    def _check_descriptors(self, limits: Limits) -> None:
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_DESCRIPTORS
-        if 0 < allowed < limits.connections:
-            self._shared.limits = replace(limits, connections=allowed)
-
     def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         now = loop.time()
         self._shared.set_date(formatdate(usegmt=True))
+        self._shared.descriptors.look(now)
         for connection in list(self._shared.connections):
             connection.sweep(now)
         self._sweeper = loop.call_later(self._sweep_s, self._sweep)
+
+
+def _within_descriptors(limits: Limits) -> Limits:
+    """No more connections than the process may have descriptors beside those that are the mesh's."""
+    allowed = descriptor_limit()
+    spare = min(limits.spare_descriptors, allowed // 4)
+    return replace(limits, connections=min(limits.connections, allowed - spare), spare_descriptors=spare)
 
 
 def _pair(settings: HttpSettings) -> tuple[Any, Any]:

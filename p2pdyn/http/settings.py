@@ -24,6 +24,10 @@ class Limits:
     pipelined: int = 16
     slow_bytes: int = SLOW_READER_BYTES
     slow_s: float = SLOW_READER_S
+    read_rate: float = 4 * 1024.0
+    send_buffer: int = 256 * 1024
+    held_bytes: int = 512 * 2**20
+    spare_descriptors: int = 64
 
 
 @dataclass(frozen=True, slots=True)

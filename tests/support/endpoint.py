@@ -72,14 +72,15 @@ class Answer:
 
 @dataclass
 class Client:
-    """One connection."""
+    """One connection. ``limit``: so many bytes are read ahead."""
 
     port: int
+    limit: int = 2**26
     reader: asyncio.StreamReader = field(init=False)
     writer: asyncio.StreamWriter = field(init=False)
 
     async def __aenter__(self) -> Client:
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**26)
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=self.limit)
         return self
 
     async def __aexit__(self, *_: object) -> None:
