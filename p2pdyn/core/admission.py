@@ -24,6 +24,12 @@ MAX_QUEUED_TOKENS = 16 * 2**20
 WAIT_S = 60.0
 """Longest wait; few clients have more patience, and most of theirs is needed for the answer."""
 MAX_RETRY_S = 60
+QUEUE_S = 8.0
+"""What may wait is what is served in this time, at the rate measured: a longer queue only outlasts the overload."""
+MIN_QUEUED = 128
+"""... but so many may, however slow the workers are: half of them for one client."""
+MEASURED_S = 1.0
+"""Nothing is known of the rate before."""
 DRAIN_S = 10.0
 """Memory of the rate at which a queue is served."""
 SUPPLY = 32
@@ -151,6 +157,7 @@ class Admission:
 
     def __init__(self, limit: int = MAX_QUEUED, wait_s: float = WAIT_S, max_tokens: int = MAX_QUEUED_TOKENS) -> None:
         self._wait_s = wait_s
+        self._limit = limit
         self._places = Share(limit)
         self._tokens = Share(max_tokens)
         self._waiting: dict[Hashable, _Waiting] = {}
@@ -181,6 +188,7 @@ class Admission:
         the estimate of the seconds until a target has room again, for Retry-After. ``tokens`` is its prompt's length,
         ``cost`` what it takes of a worker, in any one unit."""
         places, held = self._places, self._tokens
+        places.limit = self._room(now, first=not places.of(client))
         if not (places.allows(client) and held.allows(client, tokens)):
             share = places.free > 0 and tokens <= held.free
             raise Rejected(self._full(places.of(client) if share else 0, now, clear_s))
@@ -234,9 +242,8 @@ class Admission:
     def retry_after(self, now: float, clear_s: float = 0.0, ahead: int | None = None) -> int:
         """Whole seconds until the queue as it is, or ``ahead`` requests of it, will have been served, at the rate
         measured, but not before ``clear_s``."""
-        busy_s = self._busy_s + (now - self._last if self._last is not None else 0.0)
-        each_s = busy_s / max(1.0, self._served)
-        return min(MAX_RETRY_S, max(1, ceil(max(clear_s, (len(self) if ahead is None else ahead) * each_s))))
+        queue_s = (len(self) if ahead is None else ahead) * self._each_s(now)
+        return min(MAX_RETRY_S, max(1, ceil(max(clear_s, queue_s))))
 
     def next_deadline(self) -> float | None:
         """When :meth:`overdue` has something to say."""
@@ -253,6 +260,19 @@ class Admission:
             retry = self.retry_after(now, clear_s, min(len(self), held * len(self._places.held)))
             message = f"All workers are saturated and {held} of your requests wait already; retry in {retry} s."
         return Failure(429, "overloaded", message, retry)
+
+    def _each_s(self, now: float) -> float:
+        """Seconds between two admissions of late."""
+        busy_s = self._busy_s + (now - self._last if self._last is not None else 0.0)
+        return busy_s / max(1.0, self._served)
+
+    def _room(self, now: float, first: bool) -> int:
+        """How many may wait now; ``first``: for a client that has none waiting, which need not suffer for it when the
+        queue has become too long for those that have."""
+        each_s = self._each_s(now)
+        if not each_s or self._busy_s < MEASURED_S:
+            return self._limit
+        return min(self._limit, max(MIN_QUEUED, int(QUEUE_S / each_s)) * (1 + first))
 
     def _count(self, now: float) -> None:
         if self._last is None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pdyn.core.admission import MAX_RETRY_S, Admission, Limits, _Turns, saturation
+from p2pdyn.core.admission import MAX_QUEUED, MAX_RETRY_S, MIN_QUEUED, Admission, Limits, _Turns, saturation
 from p2pdyn.core.request import Rejected
 from p2pdyn.core.router_target import Target
 from p2pdyn.core.share import Share
@@ -160,6 +160,32 @@ def test_a_full_queue_is_429_with_the_time_that_the_queue_will_take() -> None:
     assert refused(clear_s=33.5) == 34
     assert queue.retry_after(8.0, 1e9) == MAX_RETRY_S
     assert len(queue) == 10
+
+
+@pytest.mark.parametrize(("each_s", "room"), [(0.001, MAX_QUEUED), (0.02, 400), (1.0, MIN_QUEUED)])
+def test_what_may_wait_is_what_is_served_in_some_seconds(each_s: float, room: int) -> None:
+    queue, now, number = Admission(), 0.0, 0
+    while now < 2.0 or number < 10:
+        queue.wait(number, now, client="steady")
+        queue.wait(-number - 1, now, client="other")
+        now += each_s
+        queue.next(now)
+        queue.next(now)
+        number += 1
+
+    def fill(client: str) -> int:
+        for number in range(MAX_QUEUED):
+            try:
+                queue.wait((client, number), now, client=client)
+            except Rejected:
+                return number
+        return MAX_QUEUED
+
+    room = min(MAX_QUEUED, 2 * room if each_s < 1 else room)  # two are served at a time
+    assert fill("flood") == pytest.approx(room / 2, rel=0.05)
+    assert fill("second") == pytest.approx(room / 4, rel=0.05)
+    for number in range(20):
+        queue.wait(("one", number), now, client=f"client{number}")
 
 
 def test_a_client_over_its_share_is_told_when_its_own_will_have_been_served() -> None:
