@@ -18,6 +18,7 @@ from p2pdyn.core.router import SESSION_MARGIN_S, Ask, Decision, Router
 from p2pdyn.core.router_cost import DISK_CREDIT, HOST_CREDIT, MISS_WEIGHT, POLICIES, REQUEST_S
 from p2pdyn.core.router_target import DEFAULT_TPS, Target
 from p2pdyn.core.router_tell import candidates, explanation, line
+from p2pdyn.core.speed import SpeedMeter
 from p2pdyn.core.types import Load, NodeId
 from p2pdyn.wire.kvpack import DEVICE, DISK, HOST
 
@@ -97,6 +98,28 @@ def test_a_prefix_that_many_prompts_share_may_be_copied() -> None:
     assert [number(decision) for decision in choices[:2]] == [0, 0]
     assert dearest == pytest.approx([0.816 + (MISS_WEIGHT - 1) * 0.8 / max(1, n) for n in range(5)])
     assert number(choices[-1]) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_in_the_speeds_of_two_equal_workers_moves_no_conversation(seed: int) -> None:
+    """Each computes 3000 tokens a second and steps in 10 ms, on a host so busy that all of it takes up to ten times as
+    long."""
+    fleet, rng = Fleet(2), random.Random(seed)
+    fleet.holds(0, 90)
+    for worker in range(2):
+        meter, now = SpeedMeter(), 0.0
+        for request in range(8):
+            meter.submitted(request, 3000, 0, now)
+            now += rng.lognormvariate(0, 0.7)
+            meter.first_tokens([(request, 0)], now)
+            blocks = rng.choice((5, 190, 200))
+            for _ in range(24):
+                now += 0.01 * rng.lognormvariate(0, 1)
+                took = meter.step(1, now)
+                if took:
+                    meter.sample(took, blocks)
+        fleet.report(worker, prefill_tps=meter.prefill_tps, itl_per_block_ms=meter.itl_per_block_ms)
+    assert number(fleet.ask()) == 0
 
 
 def test_siblings_of_one_burst_do_not_make_a_prefix_shared() -> None:

@@ -101,6 +101,22 @@ def test_decode_steps_give_itl_and_its_growth_with_blocks() -> None:
     assert meter.itl_ms(5000) == pytest.approx(15, rel=0.05)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_is_no_growth_with_blocks(seed: int) -> None:
+    """Steps of a starved process: most take 10 ms, some several times that, whatever the blocks. A slope of 1e-3 ms
+    would count as a quarter of a second against a worker that holds a prompt of a thousand blocks."""
+    meter, rng, now = SpeedMeter(), random.Random(seed), 0.0
+    published = []
+    for _ in range(30):
+        blocks = rng.choice((4, 96, 100, 1000))
+        for _ in range(20):
+            now += 0.01 * rng.lognormvariate(0, 1)
+            step(meter, 1, blocks, now)
+        published.append(meter.itl_per_block_ms)
+    assert sum(slope > 1e-4 for slope in published) <= 2
+    assert max(published) < 5e-3
+
+
 def test_equal_block_counts_tell_no_growth() -> None:
     meter, now = SpeedMeter(), 0.0
     for _ in range(400):
