@@ -24,7 +24,7 @@ MAX_QUEUED_TOKENS = 16 * 2**20
 WAIT_S = 60.0
 """Longest wait; few clients have more patience, and most of theirs is needed for the answer."""
 MAX_RETRY_S = 60
-QUEUE_S = 8.0
+QUEUE_S = 6.0
 """What may wait is what is served in this time, at the rate measured: a longer queue only outlasts the overload."""
 MIN_QUEUED = 128
 """... but so many may, however slow the workers are: half of them for one client."""
