@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from p2pdyn.core.router_target import Target
 
@@ -134,6 +134,9 @@ class Predictions:
     def _schedule(self, key: Hashable, when: float) -> None:
         self._count += 1
         heappush(self._due, (when, self._count, key))
+        if len(self._due) > 4 * len(self._by_key) + 256:  # most have settled long before they were due
+            self._due[:] = [(one.expires, -number, key) for number, (key, one) in enumerate(self._by_key.items())]
+            heapify(self._due)
 
     def _remove(self, key: Hashable) -> None:
         one = self._by_key.pop(key, None)

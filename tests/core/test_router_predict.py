@@ -74,6 +74,21 @@ def test_without_events_it_lives_long_and_use_keeps_it() -> None:
     assert known.match(PROMPT, 200.0 + APPROXIMATE_TTL_S) == {}
 
 
+def test_what_has_ended_is_not_remembered_until_it_was_due() -> None:
+    known = Predictions()
+    for number in range(20_000):
+        now = number / 1000
+        known.add(number, A, prompt(number), 0, now)
+        known.settled(number, now)
+        known.match(prompt(number, 1), now)
+        if number % 3:
+            known.failed(number)
+    assert len(known) < 1000
+    assert len(known._due) <= 4 * len(known) + 256
+    known.expire(20.0 + PENDING_S)
+    assert not len(known)
+
+
 def test_memory_is_bounded_and_the_oldest_go_first() -> None:
     known = Predictions(limit=100)
     for number in range(50):
