@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,35 @@ from chaos.faults import Injector
 from chaos.load import Asked, Load
 from chaos.schedule import Fault, schedule
 from chaos.verdict import GRACE_S, Trouble, faults_on, lost
-from chaos.vitals import Vitals
+from chaos.vitals import Vitals, descriptors_kept
 from netns.lab import missing
 
 CALM_S = 3.0
 """Load without a fault before the first one and after the last one."""
+SLACK = 32
+"""Descriptors more than at first: a worker keeps its links to the three others whose KV blocks it has taken. One lost
+at each reconnection would be more."""
 ANCHORS = (FRONTENDS[0], WORKERS[0])
 
 
 def soak(
-    seconds: float, seed: int, *, users: int = 12, apart: bool = False, transfer: str = "tcp", every: float = 5.0
+    seconds: float,
+    seed: int,
+    *,
+    users: int = 12,
+    apart: bool = False,
+    transfer: str = "tcp",
+    every: float = 5.0,
+    logs: Path | None = None,
 ) -> dict[str, Any]:
-    """Run one and report. ``ok`` says whether all promises were kept."""
+    """Run one and report. ``ok`` says whether all promises were kept. ``logs``: a folder for what the nodes said."""
     with tempfile.TemporaryDirectory(prefix="p2pdyn-soak-") as folder:
         why = wallclock.missing()
         faults = plan(seconds, seed, every)
         clocks = None if why else wallclock.build(Path(folder))
         with Cluster(Path(folder), clocks, apart=apart, transfer=transfer) as cluster, Vitals(cluster) as vitals:
             agreed_first = wait_at_rest(cluster)
+            began = vitals.now()
             injector = Injector(cluster)
             with Load(cluster.client.space, cluster.urls, users, seed) as load:
                 time.sleep(CALM_S)
@@ -46,7 +58,10 @@ def soak(
             left = wait_at_rest(cluster, healed)
             report = judge(load.asked, injector.troubles, cluster)
             ended = [peer.name for peer in cluster.peers.values() if peer.node.process.poll() is not None]
+            kept = descriptors_kept(began, vitals.now()) if not ended else {}
             agreed_s = round(time.monotonic() - healed, 1)
+            if logs is not None:
+                keep_logs(cluster, logs)
         slopes = {f"{life.name}/{life.pid}": life.slopes() for life in vitals.lives.values()}
     report |= {
         "seed": seed,
@@ -57,11 +72,19 @@ def soak(
         "not_at_rest_after": left,
         "at_rest_after_s": agreed_s,
         "ended": ended,
+        "descriptors_at_rest": {vitals.lives[pid].name: counts for pid, counts in kept.items()},
+        "descriptors_leaked": [vitals.lives[pid].name for pid, (was, now) in kept.items() if now > was + SLACK],
         "findings": injector.findings,
         "slopes": {name: slope for name, slope in slopes.items() if slope is not None},
     }
-    bad = ("wrong", "lost", "not_at_rest_before", "not_at_rest_after", "ended", "findings")
+    bad = ("wrong", "lost", "not_at_rest_before", "not_at_rest_after", "ended", "findings", "descriptors_leaked")
     return {"ok": not any(report[name] for name in bad) and report["asked"] > 0, **report}
+
+
+def keep_logs(cluster: Cluster, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for node in cluster.lab.nodes:
+        (folder / f"{node.host.name}-{node.process.pid}.log").write_text(node.stderr + "\n")
 
 
 def plan(seconds: float, seed: int, every: float = 5.0) -> list[Fault]:
@@ -100,8 +123,12 @@ def judge(asked: list[Asked], troubles: list[Trouble], cluster: Cluster) -> dict
     """Counts of requests and attempts, each failed attempt with the faults that were on, and the silences."""
     attempts = [made for one in asked for made in one.attempts]
     failed = [made for made in attempts if not made.right]
-    right = sorted((made for made in attempts if made.right), key=lambda made: made.silence)
-    healthy = [made for made in right if not _disturbed(made, troubles)]
+    right = [made for made in attempts if made.right]
+    streams = sorted(
+        (made for one in asked if one.question.stream for made in one.attempts if made.right),
+        key=lambda made: made.silence,
+    )
+    healthy = [made for made in streams if not _disturbed(made, troubles)]
     return {
         "asked": len(asked),
         "answered": sum(one.answered for one in asked),
@@ -111,7 +138,7 @@ def judge(asked: list[Asked], troubles: list[Trouble], cluster: Cluster) -> dict
         "wrong": [made.why for made in failed if made.wrong],
         "lost": [_failure(made, troubles) for made in failed if lost(made, troubles, cluster.generating)],
         "migrations": sum(made.migrations for made in right),
-        "silence_s": _silences(right, troubles),
+        "silence_s": _silences(streams, troubles),
         "silence_at_healthy_frontends_s": _silences(healthy, troubles),
     }
 
@@ -130,8 +157,8 @@ def _disturbed(made: Attempt, troubles: list[Trouble]) -> bool:
     return any(made.frontend in t.peers and t.on(made.began, made.ended, GRACE_S) for t in troubles)
 
 
-def _silences(right: list[Attempt], troubles: list[Trouble]) -> dict[str, Any]:
-    """Of right answers, in order of silence."""
+def _silences(right: Sequence[Attempt], troubles: list[Trouble]) -> dict[str, Any]:
+    """Of streams with the right answer, in order of silence."""
     if not right:
         return {}
     p50, p99 = (round(right[int(share * len(right))].silence, 3) for share in (0.5, 0.99))
@@ -148,6 +175,7 @@ def main() -> int:
     parser.add_argument("--apart", action="store_true", help="two workers prefill, two decode")
     parser.add_argument("--kv-transfer", default="tcp", choices=("tcp", "nixl", "auto", "off"))
     parser.add_argument("--schedule", action="store_true", help="print the faults and end")
+    parser.add_argument("--logs", type=Path, help="a folder to leave the nodes' stderr in")
     parser.add_argument("--json", action="store_true", help="the report as one JSON line")
     parser.add_argument("--or-skip", action="store_true", help="succeed where hosts cannot be made, and say why")
     args = parser.parse_args()
@@ -159,7 +187,13 @@ def main() -> int:
         print(f"skipped: {why}" if args.or_skip else f"cannot run: {why}", file=sys.stderr)
         return 0 if args.or_skip else 1
     report = soak(
-        args.minutes * 60, args.seed, users=args.users, apart=args.apart, transfer=args.kv_transfer, every=args.every
+        args.minutes * 60,
+        args.seed,
+        users=args.users,
+        apart=args.apart,
+        transfer=args.kv_transfer,
+        every=args.every,
+        logs=args.logs,
     )
     print(json.dumps(report) if args.json else json.dumps(report, indent=2))
     return 0 if report["ok"] else 1

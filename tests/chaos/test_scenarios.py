@@ -96,9 +96,8 @@ def test_a_frontend_is_killed_and_its_clients_go_on_at_the_other(cluster: Cluste
 @clocks
 @pytest.mark.parametrize("step", [7200.0, -7200.0])
 def test_a_wall_clock_that_steps_moves_nothing(cluster: Cluster, step: float) -> None:
-    with injector(cluster) as faults, load(cluster) as users:
-        with faults.on(Fault(0, "clock", "w3", 0, amount=step)):
-            faults.run(Fault(0, "clock", "f1", 2.0, amount=step))
+    with injector(cluster) as faults, load(cluster) as users, faults.on(Fault(0, "clock", "w3", 0, amount=step)):
+        faults.run(Fault(0, "clock", "f1", 2.0, amount=step))
     assert undisturbed(users.attempts) == []
 
 

@@ -69,6 +69,10 @@ class Vitals:
         self._stop.set()
         self._thread.join()
 
+    def now(self) -> dict[int, Sample]:
+        """By process, of those that run."""
+        return {peer.node.process.pid: _sample(peer.node.process.pid) for peer in self._cluster.peers.values()}
+
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_S):
             for peer in list(self._cluster.peers.values()):
@@ -77,7 +81,15 @@ class Vitals:
                         self._take(peer.name, peer.node.process.pid)
 
     def _take(self, name: str, pid: int) -> None:
-        process = psutil.Process(pid)
-        with process.oneshot():
-            sample = Sample(time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads())
-        self.lives.setdefault(pid, Life(name, pid)).samples.append(sample)
+        self.lives.setdefault(pid, Life(name, pid)).samples.append(_sample(pid))
+
+
+def _sample(pid: int) -> Sample:
+    process = psutil.Process(pid)
+    with process.oneshot():
+        return Sample(time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads())
+
+
+def descriptors_kept(before: dict[int, Sample], after: dict[int, Sample]) -> dict[int, list[int]]:
+    """Of processes that lived through it all: what they had open at rest before and after."""
+    return {pid: [before[pid].descriptors, after[pid].descriptors] for pid in before.keys() & after.keys()}
