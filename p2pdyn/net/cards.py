@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 CARD_S = 20.0
 """Longest that a first request for a model waits for its card."""
 
+MAX_CARDS = 64
+"""Kept, some MB each; the oldest is fetched again when it is wanted."""
+
 
 class Cards:
     """By digest. ``links(model)`` are the links to the model's workers that are up now."""
@@ -63,4 +66,6 @@ class Cards:
     def _done(self, digest: str, task: asyncio.Task[ModelCard]) -> None:
         self._fetching.pop(digest, None)
         if not task.cancelled() and task.exception() is None:
+            if len(self._known) >= MAX_CARDS:
+                del self._known[next(iter(self._known))]
             self._known[digest] = task.result()

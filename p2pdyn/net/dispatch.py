@@ -209,8 +209,8 @@ class Dispatcher:
         """The view has changed: ``(node, epoch, control address, info)`` of every peer that is not dead or gone."""
         before, self._peers = self._peers, {node: (epoch, address, info) for node, epoch, address, info in alive}
         now = self._loop.time()
-        for node in self._retry.keys() & self._peers.keys():
-            if node not in before or before[node][0] != self._peers[node][0]:
+        for node in list(self._retry):
+            if node not in before or node not in self._peers or before[node][0] != self._peers[node][0]:
                 del self._retry[node]  # another life: no reason to wait
         self.catalog.refresh(((node, peer[2]) for node, peer in self._peers.items()), now)
         for worker, link in list(self._links.items()):
@@ -247,21 +247,26 @@ class Dispatcher:
             peer = self._peers.get(worker)
             if peer is None or now < not_before:
                 continue
-            epoch, address, info = peer
-            self._links[worker] = WorkerLink(
-                self._sockets,
-                self._hello,
-                worker,
-                epoch,
-                Address(address.host, info.requests_port),
-                Address(address.host, info.events_port),
-                on_up=self._link_up,
-                on_down=self._link_down,
-                on_message=self._message,
-                on_load=self._load,
-                batch_done=self._batch_done,
-                on_kv=self.feed.received if self._follows_kv else None,
-            )
+            try:
+                self._links[worker] = self._open_link(worker, *peer)
+            except OSError:  # out of descriptors, which has been said
+                self._retry[worker] = (0, now + RETRY_S[-1])
+
+    def _open_link(self, worker: NodeId, epoch: int, address: Address, info: PeerInfo) -> WorkerLink:
+        return WorkerLink(
+            self._sockets,
+            self._hello,
+            worker,
+            epoch,
+            Address(address.host, info.requests_port),
+            Address(address.host, info.events_port),
+            on_up=self._link_up,
+            on_down=self._link_down,
+            on_message=self._message,
+            on_load=self._load,
+            batch_done=self._batch_done,
+            on_kv=self.feed.received if self._follows_kv else None,
+        )
 
     def _link_up(self, link: WorkerLink) -> None:
         log.debug("link to worker %s is up", link.worker)

@@ -49,7 +49,11 @@ class Pool:
 
     def send(self, address: Address, frames: tuple[bytes, ...]) -> None:
         """Send on the connection to ``address``, opening it if need be. Raises ValueError if that is no IP address."""
-        connection = self._open.get(address) or self._connect(address)
+        try:
+            connection = self._open.get(address) or self._connect(address)
+        except OSError:  # out of descriptors, which has been said: as good as a message that was lost
+            self.unsent += 1
+            return
         connection.used = self._loop.time()
         self._open.move_to_end(address)
         if not connection.up:

@@ -7,6 +7,7 @@ resolve a name in its I/O thread, and hold up every connection while it waits.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,10 @@ class Sockets:
         self._context.term()  # at once: nothing lingers
 
     def _socket(self, kind: int, max_size: int, high_water: int, ping_s: float = PING_S) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
+        try:
+            socket = self._context.socket(kind)
+        except zmq.ZMQError as error:
+            raise self._no_socket(error) from None
         ping = int(ping_s * 1000)
         for option, value in (
             (zmq.LINGER, 0),
@@ -163,6 +167,16 @@ class Sockets:
         ):
             socket.setsockopt(option, value)
         return socket
+
+    def _no_socket(self, error: zmq.ZMQError) -> OSError:
+        text = f"a socket to another peer cannot be opened: {error.strerror}"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            text = (
+                "out of file descriptors: no socket to another peer can be opened; raise the limit (ulimit -n, "
+                "LimitNOFILE= in a systemd unit)"
+            )
+            self.complaints.add("out-of-descriptors", "", text)
+        return OSError(error.errno, text)
 
     def _bound(
         self,
@@ -217,7 +231,11 @@ class Sockets:
         def keys() -> tuple[Keypair, ...]:
             return () if plain else self.security.keys
 
-        dialer = Dialer(self._loop, socket, target, keys, self.complaints, on_up, on_down)
+        try:
+            dialer = Dialer(self._loop, socket, target, keys, self.complaints, on_up, on_down)
+        except zmq.ZMQError as error:  # its monitor needs a socket too
+            socket.close(linger=0)
+            raise self._no_socket(error) from None
         return self._link(socket, (address,), receive, batch_done, dialer)
 
     def _link(

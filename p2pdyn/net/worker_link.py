@@ -45,7 +45,8 @@ ANSWERS = frozenset((Tokens, Heartbeat, Refused, Prefilled, Move, Granted, Renew
 
 
 class WorkerLink:
-    """Opens on construction. Callbacks are called on the event loop; ``on_down`` exactly once, unless closed before."""
+    """Opens on construction, which raises OSError without descriptors. Callbacks are called on the event loop;
+    ``on_down`` exactly once, unless closed before."""
 
     def __init__(
         self,
@@ -88,14 +89,19 @@ class WorkerLink:
         self._events: Link | None = None
         if events is not None:
             self._events = sockets.sub(events, self._receive_event, topics, max_size=EVENT_MAX)
-        self._requests: Link = sockets.dealer(
-            requests,
-            self._receive,
-            max_size=REQUEST_MAX,
-            batch_done=batch_done,
-            on_up=self._greet,
-            on_down=self._broke,
-        )
+        try:
+            self._requests: Link = sockets.dealer(
+                requests,
+                self._receive,
+                max_size=REQUEST_MAX,
+                batch_done=batch_done,
+                on_up=self._greet,
+                on_down=self._broke,
+            )
+        except OSError:
+            if self._events is not None:
+                self._events.close()
+            raise
 
     def send(self, data: bytes) -> bool:
         return not self._closed and self._requests.send((data,))
