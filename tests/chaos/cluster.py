@@ -31,6 +31,8 @@ FRONTENDS = ("f0", "f1")
 WORKERS = ("w0", "w1", "w2", "w3")
 ENGINE = ("--itl-ms", "8", "--kv-blocks", "600")
 """A cache that is full after a minute of load: then memory should grow no more, and blocks are evicted all the time."""
+SLOW_PREFILL = "1000"
+"""Tokens a second at a worker that decodes, so that it pays to prefill elsewhere."""
 
 T = TypeVar("T")
 
@@ -157,7 +159,8 @@ class Cluster:
             self._add(hosts[name], [*common, "--engine", "none", "--http", f"0.0.0.0:{HTTP_PORT}"])
         for name, role in zip(WORKERS, roles, strict=True):
             own = ["--engine", "sim", "--no-http", "--role", role, "--kv-transfer", self._transfer]
-            self._add(hosts[name], [*common, *own, "--", *ENGINE], role)
+            speed = ("--prefill-tps", SLOW_PREFILL) if role == "decode" else ()
+            self._add(hosts[name], [*common, *own, "--", *ENGINE, *speed], role)
 
     def _add(self, host: Host, arguments: list[str], role: str = "") -> None:
         host.key = self.key

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from chaos import wallclock
-from chaos.client import Attempt
-from chaos.cluster import PORT, Cluster, wait_at_rest
+from chaos.answers import Question, answer_to
+from chaos.client import Attempt, attempt
+from chaos.cluster import PORT, Cluster, disagreements, wait_at_rest
 from chaos.faults import Injector
+from chaos.inside import thread_in
 from chaos.load import Load
 from chaos.schedule import Fault
 from support.nodes import wait_for
@@ -27,6 +31,17 @@ DEAD_S = 20.0
 CALM_S = 1.5
 
 clocks = pytest.mark.skipif(bool(wallclock.missing()), reason=wallclock.missing())
+
+
+def test_the_checker_tells_a_wrong_answer(cluster: Cluster) -> None:
+    for stream in (True, False):
+        question = Question(20, prompt="Who answers the phone at night?", stream=stream)
+        right = answer_to(question)
+        others = [replace(right, text=right.text[:-1] + "?"), replace(right, completion_tokens=19), right]
+        with thread_in(cluster.client.space) as there:
+            made = [there.submit(asyncio.run, attempt("f0", cluster.urls["f0"], question, one)) for one in others]
+        assert [one.result().wrong for one in made] == [True, True, False]
+        assert [one.result().right for one in made] == [False, False, True]
 
 
 @contextmanager
@@ -142,6 +157,7 @@ def test_two_halves_serve_what_they_can_reach_and_become_one_again(cluster: Clus
         time.sleep(1.0)
         with faults.on(Fault(0, "split", "w0", 0, others=tuple(sorted(halves["f1"])))) as split:
             time.sleep(SPLIT_S)
+            assert disagreements(cluster)
             for frontend, half in halves.items():
                 states = {p["name"]: p["state"] for p in cluster.ask(cluster.peers[frontend], "peers")["peers"]}
                 assert {name for name, state in states.items() if state == "ready"} == half
