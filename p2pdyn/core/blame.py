@@ -3,7 +3,8 @@
 A worker's death is put down to every request that was open on it.  One that has been there at :data:`SUSPECT_DEATHS`
 deaths is a suspect: from then on it is run apart from other suspects, one on a worker at a time (a trial).  A trial
 ends well once tokens have come for some time; a suspect whose worker dies during its trial has done it.  Then that
-death, and the earlier ones that it was there for, are explained and nobody else answers for them.
+death, and the earlier ones that it was there for, are explained and nobody else answers for them.  It is ended when
+:data:`PROOF_S` have passed and the worker has not shown that it lives.
 
 So a request that kills every worker it comes to ends after :data:`DEATH_LIMIT` of them, and those beside it go on,
 however many of its victims they shared.  Each trial of a request is longer than the one before, so that one that kills
@@ -25,6 +26,9 @@ DEATH_LIMIT = SUSPECT_DEATHS + 1
 TRIAL_S = 0.5
 """Tokens must come for this long in a first trial: a request that killed its worker kills the next one within a token
 or two, and tokens that nobody streams are told each 0.25 s."""
+
+PROOF_S = 1.0
+"""A worker whose connection broke and that lives is back on a new one within two round trips and 0.1 s."""
 
 TRIAL_GROWTH = 4
 """Each further trial of the same request is that much longer."""
@@ -53,17 +57,20 @@ class Blame:
         return len(self._deaths.get(rid, ())) >= SUSPECT_DEATHS
 
     def died(self, worker: NodeId, rids: Collection[int]) -> int | None:
-        """A worker has died, or its engine, with these open on it: the one that did it, if that is known now."""
+        """A worker has died, or its engine, with these open on it: the one that did it, if one was on trial."""
         on_trial = self._trials.pop(worker, None)
-        if on_trial is not None and on_trial in rids:
-            self.convicted += 1
-            self._explain(self._deaths.pop(on_trial, set()))
-            return on_trial
+        if on_trial not in rids:
+            on_trial = None
         self._number += 1
-        for rid in rids:
+        self._last[worker] = self._number
+        for rid in rids if on_trial is None else (on_trial,):
             self._deaths.setdefault(rid, set()).add(self._number)
-            self._last[worker] = self._number
-        return None
+        return on_trial
+
+    def convict(self, rid: int) -> None:
+        """It has killed the workers that it was there for."""
+        self.convicted += 1
+        self._explain(set(self._deaths.get(rid, ())))
 
     def lives(self, worker: NodeId) -> None:
         """What was taken for its last death was none."""

@@ -26,7 +26,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from p2pdyn.core.blame import DEATH_LIMIT, Blame
+from p2pdyn.core.blame import DEATH_LIMIT, PROOF_S, Blame
 from p2pdyn.core.flight_parts import Abandon, Action, Dispatch, Flight, Lent, Transfer
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
 from p2pdyn.core.router import Decision
@@ -79,6 +79,8 @@ class Flights:
         """Suspects that wait until they can be tried alone."""
         self._room = False
         """One of them might now."""
+        self._accused: dict[int, tuple[NodeId, str]] = {}
+        """Those whose worker seems to have died during their trial, and why it is lost."""
         self.migrations = 0
         self.holes = 0
         self.stale = 0
@@ -226,19 +228,19 @@ class Flights:
         of them may have done; :meth:`worker_lives` takes that back."""
         self.routes.lost(worker)
         flights = list(self._at.get(worker, {}).values())
-        convicted = self.blame.died(worker, [flight.rid for flight in flights]) if died and flights else None
+        accused = self.blame.died(worker, [flight.rid for flight in flights]) if died and flights else None
+        if accused is not None:
+            self._accused[accused] = worker, reason
         actions: list[Action] = []
         for flight in flights:
-            if flight.rid == convicted:
-                text = f"Each of {DEATH_LIMIT} workers that ran this request died, the last one of it alone: {reason}."
-                actions += self._fail(flight, Failure(500, "request_kills_workers", text), now)
-            else:
-                actions += self._lost(flight, reason, now, tell=False)
+            actions += self._lost(flight, reason, now, tell=False)
         return actions + self._admit(now)
 
     def worker_lives(self, worker: NodeId, now: float) -> list[Action]:
         """It is the same as before: it was cut off and has not died."""
         self.blame.lives(worker)
+        for rid in [rid for rid, (by, _) in self._accused.items() if by == worker]:
+            del self._accused[rid]
         self._room = True
         return self._admit(now)
 
@@ -271,6 +273,7 @@ class Flights:
         for flight in [f for f in self._waiting.values() if f.since + WAIT_S <= now]:
             message = f"No ready worker for model {flight.job.model!r} could be reached; retry in a moment."
             actions += self._fail(flight, Failure(503, "no_ready_worker", message, 1), now)
+        actions += self._sentence(now)
         for flight in [f for f in self._held.values() if f.since + TRIALS_S <= now]:
             message = "Workers died that ran this request among others, and none is free to run it alone; retry later."
             actions += self._fail(flight, Failure(503, "worker_lost", message, 5), now)
@@ -278,12 +281,26 @@ class Flights:
             actions += self._fail(self.open[rid], failure, now)
         return actions + self._admit(now)
 
+    def _sentence(self, now: float) -> list[Action]:
+        """End those whose workers have not come back."""
+        actions: list[Action] = []
+        for rid, (_, reason) in list(self._accused.items()):
+            if self.open[rid].since + PROOF_S <= now:
+                self.blame.convict(rid)
+                text = f"Each of {DEATH_LIMIT} workers that ran this request died, the last one of it alone: {reason}."
+                actions += self._fail(self.open[rid], Failure(500, "request_kills_workers", text), now)
+                self._room = True
+        return actions
+
     def next_deadline(self) -> float | None:
         return min((flight.since + WAIT_S for flight in self._waiting.values()), default=None)
 
     # Inside.
 
     def _route(self, flight: Flight, now: float) -> list[Action]:
+        if flight.rid in self._accused:
+            self._held[flight.rid] = flight
+            return self._give_up(flight)
         tokens = self._tokens_of(flight)
         suspect = self.blame.suspect(flight.rid)
         # Not straight back to the worker that just failed.
@@ -373,7 +390,7 @@ class Flights:
             self._room = False
             held, self._held = self._held, {}
             for flight in held.values():
-                if not self.routes.serves(flight.job.model):
+                if flight.rid not in self._accused and not self.routes.serves(flight.job.model):
                     flight.since = now  # for WAIT_S
                 actions += self._route(flight, now)
         for model in list(self.routes.crowded):
@@ -427,6 +444,7 @@ class Flights:
             self.routes.leave(flight.rid, flight.job)
             self._waiting.pop(flight.rid, None)
             self._held.pop(flight.rid, None)
+            self._accused.pop(flight.rid, None)
         self._leave(flight, now)
         self.blame.forget(flight.rid)
         del self.open[flight.rid]

@@ -47,11 +47,13 @@ class HttpError(Exception):
 
     @classmethod
     def of(cls, failure: Failure) -> HttpError:
-        """The answer for what the mesh could not do; 429 and 503 always say when to come back."""
+        """The answer for what the mesh could not do. 429 and 503 always say when to come back; another 5xx says not to,
+        by the header that openai's clients obey: the request may be what breaks."""
         retry = failure.retry_after
         if retry is None and failure.status in (429, 503):
             retry = 1
-        return cls(failure.status, failure.message, failure.code, headers=retry_after(retry))
+        headers = b"x-should-retry: false\r\n" if retry is None and failure.status >= 500 else retry_after(retry)
+        return cls(failure.status, failure.message, failure.code, headers=headers)
 
 
 def bad(message: str, param: str | None = None, code: str = "invalid_value") -> HttpError:

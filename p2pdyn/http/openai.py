@@ -28,6 +28,7 @@ from p2pdyn.http.fields import (
     one_or_more,
     text,
 )
+from p2pdyn.http.jsonbody import load_object
 from p2pdyn.text.card import ModelCard
 
 MAX_N = 32
@@ -148,10 +149,10 @@ class Ask:
 
     @property
     def resumable(self) -> bool:
-        """Whether another worker could continue a part of the answer exactly (design: penalties, guided, logprobs)."""
+        """Whether another worker could continue a part of the answer exactly (docs/design/requests.md)."""
         params = self.params
         return (
-            params.logprobs is None
+            params.prompt_logprobs is None
             and params.guided is None
             and params.presence_penalty == 0
             and params.frequency_penalty == 0
@@ -161,23 +162,11 @@ class Ask:
 
 def parse(body: bytes | bytearray) -> dict[str, Any]:
     """The JSON object of a generation's body, its model named."""
-    content = parse_object(body)
+    content = load_object(body)
     model = content.get("model")
     if type(model) is not str:
         raise bad("model must be given as a string.", "model", "missing_field" if model is None else "invalid_type")
     return content
-
-
-def parse_object(body: bytes | bytearray) -> dict[str, Any]:
-    """The JSON object of a request's body."""
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise bad(f"The body is not valid JSON: {error}.", code="invalid_json") from None
-    if type(content) is not dict:
-        raise bad("The body must be a JSON object.", code="invalid_type")
-    found: dict[str, Any] = content
-    return found
 
 
 def chat_ask(content: dict[str, Any], card: ModelCard) -> Ask:

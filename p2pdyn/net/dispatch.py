@@ -93,7 +93,7 @@ class Dispatcher:
         self._died: dict[NodeId, int] = {}
         """Workers taken for dead as their connections broke, and their epochs."""
         self._quiet: set[NodeId] = set()
-        """Of whom nothing has been heard for a moment: routed to only if there is nobody else."""
+        """Of whom nothing has been heard for a moment: not routed to."""
         self._wanted: dict[str, float] = {}
         self._cards = Cards(self._links_of)
         self.catalog = Catalog(MODEL_KNOWN_S)
@@ -274,6 +274,7 @@ class Dispatcher:
             self._carry_out(self.flights.worker_lives(link.worker, self._loop.time()))
         if self._follows_kv:
             self.feed.up(link, self._ranks(link.worker))
+        self._quiet.discard(link.worker)
         self._reroute(self._loop.time())
 
     def _link_down(self, link: WorkerLink, reason: str) -> None:
@@ -297,10 +298,29 @@ class Dispatcher:
         tries, _ = self._retry.get(worker, (0, 0.0))
         if link.up_since and now - link.up_since > STEADY_S:
             tries = 0
+        self._absence(now)
+        self._listen(now)
         self._retry[worker] = (tries + 1, now + RETRY_S[min(tries, len(RETRY_S) - 1)])
         self._carry_out(self.flights.worker_lost(worker, f"worker {worker} was lost ({reason})", now, died))
         self._reroute(now)
         self.on_batch()
+
+    def _absence(self, now: float) -> float:
+        """Seconds for which this process stood still just now."""
+        late = now - self._ticked - TICK_S
+        if late <= ABSENT_S:
+            return 0.0
+        for link in list(self._links.values()):
+            link.doubt()
+        return late
+
+    def _listen(self, now: float) -> None:
+        """Who has fallen silent, or is heard again. Several may have at once: a partition, or we stood still; then what
+        one of them is lost with must not go from one to the next."""
+        quiet = {worker for worker, link in self._links.items() if link.up and not link.fresh(now)}
+        if quiet != self._quiet:
+            self._quiet = quiet
+            self._reroute(now)
 
     def _close_link(self, link: WorkerLink) -> None:
         link.close()
@@ -312,8 +332,11 @@ class Dispatcher:
         """Those to the model's workers that are up and take requests."""
         known = self.catalog.models.get(model)
         links = (self._links.get(worker) for worker in (known.workers if known is not None else ()))
-        able = [link for link in links if link is not None and link.up and not link.draining]
-        return [link for link in able if link.worker not in self._quiet] or able
+        return [
+            link
+            for link in links
+            if link is not None and link.up and not link.draining and link.worker not in self._quiet
+        ]
 
     def _ranks(self, worker: NodeId) -> int:
         return max((served.ranks for served in self._peers[worker][2].models), default=1)
@@ -335,6 +358,8 @@ class Dispatcher:
 
     def _message(self, link: WorkerLink, message: Any) -> None:
         now = self._loop.time()
+        if link.worker in self._quiet:
+            self._listen(now)
         kind = type(message)
         if kind is Tokens:
             if message.epoch == link.epoch:
@@ -378,6 +403,8 @@ class Dispatcher:
 
     def _load(self, worker: NodeId, rank: int, load: Load) -> None:
         self.loads[worker, rank] = load
+        if worker in self._quiet:
+            self._listen(self._loop.time())
         actions = self.flights.report(worker, rank, load, self._loop.time())
         if actions:
             self._carry_out(actions)
@@ -446,14 +473,10 @@ class Dispatcher:
     def _tick(self) -> None:
         now = self._loop.time()
         self._timer = self._loop.call_later(TICK_S, self._tick)
-        late, self._ticked = now - self._ticked - TICK_S, now
-        absent = late if late > ABSENT_S else 0.0
+        absent, self._ticked = self._absence(now), now
         for link in list(self._links.values()):
             link.tick(now, self.flights.open_at(link.worker) > 0, absent)
-        quiet = {worker for worker, link in self._links.items() if link.up and not link.fresh(now)}
-        if quiet != self._quiet:
-            self._quiet = quiet
-            self._reroute(now)
+        self._listen(now)
         self._carry_out(self.flights.tick(now))
         self.feed.tick(now)
         self.catalog.expire(now)

@@ -77,6 +77,8 @@ class WorkerLink:
         """The worker has said so: it takes nothing new, whatever gossip still has it as."""
         self.heard = self.opened = self._idle_at = self._loop.time()
         self._greeted = self._told = 0.0
+        self._greetings = self._answered = self._needed = 0
+        """Hellos sent and answered, and how many must be before the link can be trusted."""
         self._hello = encode(hello)
         self._closed = False
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
@@ -119,7 +121,14 @@ class WorkerLink:
 
     def fresh(self, now: float) -> bool:
         """Something has been heard of it lately: an idle worker tells its load as often as a busy one its heartbeat."""
-        return now - max(self.heard, self._told) <= STREAM_SILENCE_S
+        return self._answered >= self._needed and now - max(self.heard, self._told) <= STREAM_SILENCE_S
+
+    def doubt(self) -> None:
+        """This process stood still: what is read now may have been sent long ago, on a connection that the worker has
+        given up since. Trust the link when the worker has answered once more."""
+        before = self._greetings
+        self._greet()
+        self._needed = before + 1
 
     def tick(self, now: float, busy: bool, absent: float = 0.0) -> None:
         """Each 0.25 s: greet, and notice silence. ``busy``: requests of ours are open there. ``absent``: seconds for
@@ -167,7 +176,7 @@ class WorkerLink:
 
     def _greet(self) -> None:
         self._greeted = self._loop.time()
-        self.send(self._hello)
+        self._greetings += self.send(self._hello)
 
     def _broke(self, reason: str) -> None:
         self.broke = self.up
@@ -206,6 +215,7 @@ class WorkerLink:
         if message.worker != self.worker or message.epoch != self.epoch:
             self._down(f"worker {message.worker} of epoch {message.epoch} answers at its address")
             return
+        self._answered += 1
         if not self.up:
             self.up = self.proven = True
             self.up_since = self._loop.time()

@@ -244,3 +244,21 @@ def test_losses_that_are_no_deaths_make_no_suspects(died: bool) -> None:
         assert worker is not None
         cluster.take(cluster.flights.worker_lost(worker, "silent", 0.0, died=died))
     assert cluster.flights.blame.suspect(rid) == died
+
+
+def test_a_worker_that_comes_back_unchanged_acquits_whom_it_was_lost_with() -> None:
+    """This frontend stood still: its links break one after the other, and are made again."""
+    cluster = Cluster(3, lambda rid, age: False)
+    rids = [cluster.submit(100) for _ in range(6)]
+    for _ in range(3):
+        for worker in sorted(cluster.up):
+            cluster.up.discard(worker)
+            cluster.jobs[worker].clear()
+            cluster.take(cluster.flights.worker_lost(worker, "cut", cluster.now, died=True))
+        for worker in W[:3]:
+            cluster.up.add(worker)
+            cluster.take(cluster.flights.worker_lives(worker, cluster.now))
+            cluster.serve()
+        cluster.step()
+    cluster.run(10)
+    assert all(cluster.readers[rid].tokens == list(range(100)) for rid in rids)

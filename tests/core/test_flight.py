@@ -392,7 +392,8 @@ class FlightMachine(RuleBasedStateMachine):
         waiting = set(self.flights._waiting) | set(self.flights._held)
         assert waiting <= idle
         trials = self.flights.blame.trials
-        assert not self.flights._held or self.flights._room or trials
+        assert not self.flights._held or self.flights._room or trials or self.flights._accused
+        assert self.flights._accused.keys() <= self.flights._held.keys() | self.flights._waiting.keys()
         for worker, rid in self.flights.blame._trials.items():
             assert self.flights.open[rid].worker == worker
         assert len(idle - waiting) == self.flights.routes.queued().get(MODEL, 0)
