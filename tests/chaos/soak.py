@@ -77,7 +77,16 @@ def soak(
         "findings": injector.findings,
         "slopes": {name: slope for name, slope in slopes.items() if slope is not None},
     }
-    bad = ("wrong", "lost", "not_at_rest_before", "not_at_rest_after", "ended", "findings", "descriptors_leaked")
+    bad = (
+        "wrong",
+        "lost",
+        "unanswered",
+        "not_at_rest_before",
+        "not_at_rest_after",
+        "ended",
+        "findings",
+        "descriptors_leaked",
+    )
     return {"ok": not any(report[name] for name in bad) and report["asked"] > 0, **report}
 
 

@@ -108,6 +108,14 @@ def test_a_frontend_is_killed_and_its_clients_go_on_at_the_other(cluster: Cluste
     assert all(made.frontend == "f0" for made in users.attempts if not made.right)
 
 
+def test_a_frozen_frontend_goes_on_with_its_streams(cluster: Cluster) -> None:
+    with injector(cluster) as faults, load(cluster) as users:
+        time.sleep(1.0)
+        faults.run(Fault(0, "stop", "f0", 6.0))
+        time.sleep(1.0)
+    assert failed(users.attempts) == []
+
+
 @clocks
 @pytest.mark.parametrize("step", [7200.0, -7200.0])
 def test_a_wall_clock_that_steps_moves_nothing(cluster: Cluster, step: float) -> None:
