@@ -6,7 +6,8 @@ Hosts are network namespaces (root, iproute2, iptables), the cluster has a key. 
 ``--tokens`` tokens at 10 ms each without a pause; the worker with the most streams is hit; after ``--hold`` seconds the
 fault is over (a killed worker is started again); a second later the clients stop asking.  Then nothing may be open on
 any worker within 5 s, and the worker must be in routing again.  ``silence`` is the longest time between two bytes of a
-streamed answer that was open at or after the hit; what is said must be what an undisturbed cluster says.
+streamed answer that was open at or after the hit, ``moved_silence`` that of those that went elsewhere.  What is said
+must be what an undisturbed cluster says.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ FAULTS: dict[str, tuple[Callable[[Node, float], None], Callable[[Node], None]]] 
     "out": (lambda node, hold: chain(node, "OUTPUT"), lambda node: node.host.heal()),
     "reset": (lambda node, hold: reset(node.host), lambda node: node.host.heal()),
     "flap": (flap, lambda node: None),
+    "none": (lambda node, hold: None, lambda node: None),
 }
-"""Name -> (begin, end). One-way loss is named by the direction in which the worker's packets get lost."""
+"""Name -> (begin, end). One-way loss is named by the direction in which the worker's packets get lost.
+"none" is the control: what the machine itself does to the streams."""
 
 
 def fetch(url: str) -> str:
@@ -173,7 +176,7 @@ class Bench:
         met = [answer for answer in answers if answer.ended >= hit]
         streamed = [answer for answer in met if answer.streamed and not answer.error]
         silent = max(streamed, key=lambda answer: answer.silence, default=None)
-        moved = [answer for answer in met if answer.migrations]
+        moved = [answer for answer in met if answer.migrations and not answer.error]
         return {
             "bench": "faults",
             "fault": fault,
@@ -183,6 +186,7 @@ class Bench:
             "moved": len(moved),
             "migrations_max": max((answer.migrations for answer in met), default=0),
             "silence_s": round(silent.silence, 3) if silent else None,
+            "moved_silence_s": round(max((a.silence for a in moved if a.streamed), default=0.0), 3),
             "silence_began_s": round(silent.silent_at - hit, 3) if silent else None,
             "slowest_s": round(max(answer.ended - answer.began for answer in met), 3),
             "idle_s": idle_s,
@@ -193,6 +197,7 @@ class Bench:
 
 def summary(fault: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     silences = [run["silence_s"] for run in runs if run["silence_s"] is not None]
+    moved = [run["moved_silence_s"] for run in runs]
     sums = {name: sum(run[name] for run in runs) for name in ("requests", "failed", "wrong", "moved")}
     return {
         "bench": "faults-summary",
@@ -206,6 +211,8 @@ def summary(fault: str, runs: list[dict[str, Any]], options: argparse.Namespace)
         **sums,
         "migrations_max": max(run["migrations_max"] for run in runs),
         "silence_p50_s": statistics.median(silences),
+        "moved_silence_p50_s": statistics.median(moved),
+        "moved_silence_max_s": max(moved),
         "silence_p99_s": max(silences) if len(silences) < 100 else statistics.quantiles(silences, n=100)[98],
         "idle_max_s": None if any(r["idle_s"] is None for r in runs) else max(r["idle_s"] for r in runs),
         "back_max_s": None if any(r["back_s"] is None for r in runs) else max(r["back_s"] for r in runs),

@@ -9,21 +9,21 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
-from p2pdyn.core.disagg import OVERHEAD_S, PULL_BPS, TOKEN_PULL_S
+from p2pdyn.core.disagg import PULL_BPS
 from p2pdyn.core.handed import HandedOver
 from p2pdyn.core.lease import QUARANTINED
+from p2pdyn.core.load_meter import LoadMeter
 from p2pdyn.core.served import Served
-from p2pdyn.core.speed import PullMeter, SpeedMeter
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
 from p2pdyn.net.kv_source import KvSource
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.wire.codec import WireError, decode, decode_params, encode, encode_logprobs, encode_tokens
-from p2pdyn.wire.events import TOPIC_LOAD, LoadEvent
+from p2pdyn.wire.events import TOPIC_LOAD
 from p2pdyn.wire.requests import (
     CHUNK,
     Cancel,
@@ -86,16 +86,12 @@ class WorkerService:
         self.kv: KvSource | None = None
         self.transfers: Transfers | None = None
         self._engine_events: EngineEvents | None = None
-        self._speed = SpeedMeter()
-        self._pulls = PullMeter(TOKEN_PULL_S, OVERHEAD_S)
-        self._blocks = 0
-        """In use after the last step: during the next one, at whose end those of what has ended are free again."""
+        self._meter = LoadMeter(node)
         self._admitted: list[base.Sequence] = []
         self._aborted: list[int] = []
         self._stalled: list[int] = []
         """What the engine had when it began to stand still."""
         self._admitting = False
-        self._event_seq = 0
         self._was_busy = False
         self._ticked = self._loop.time()
         self._router = sockets.router(requests, self._receive, max_size=REQUEST_MAX, batch_done=self._batch_done)
@@ -187,7 +183,7 @@ class WorkerService:
     @property
     def patience_s(self) -> float:
         """Seconds without a step after which the engine stands still."""
-        return self._speed.patience_s
+        return self._meter.patience_s
 
     def stall(self, reason: str) -> None:
         """The engine stands still: what it has goes on elsewhere, and it gets nothing more until :meth:`resume`."""
@@ -211,7 +207,7 @@ class WorkerService:
             return
         log.error("the engine died: %s", reason)
         self.end("engine", reason)
-        self._speed.clear()
+        self._meter.clear()
         self._served = None
         if self.transfers is not None:
             self.transfers.engine_died()
@@ -270,7 +266,7 @@ class WorkerService:
                 self._expect(sequence, message)
             self.requests_total += 1
             self._admitted.append(sequence)
-            self._speed.submitted(sequence.key, len(sequence.tokens), message.uncached, monotonic())
+            self._meter.submitted(sequence.key, len(sequence.tokens), message.uncached, monotonic())
             if message.traceparent:
                 log.debug("request %d, attempt %d: trace %s", message.rid, message.attempt, message.traceparent)
 
@@ -281,7 +277,7 @@ class WorkerService:
             if self._owner_epoch(source) != epoch:
                 sequence.remote = b""
             else:
-                self._pulls.begun(sequence.key, len(sequence.tokens), monotonic())
+                self._meter.pulls(sequence.key, len(sequence.tokens), monotonic())
         elif sequence.pull and (
             sequence.hand_over  # engines do one of the two at a time
             or self.transfers is None
@@ -330,8 +326,7 @@ class WorkerService:
         if not keys:
             return
         for key in keys:
-            self._speed.gone(key)
-            self._pulls.gone(key)
+            self._meter.gone(key)
         if self.transfers is not None:
             self.transfers.cancel(keys)
         if self._admitted:
@@ -376,7 +371,8 @@ class WorkerService:
             return
         served.outputs(step.outputs)
         now = monotonic()
-        self._measure(served, len(step.outputs), now)
+        self._meter.stepped(served.started, len(step.outputs), self.load.active_blocks, now)
+        served.started.clear()
         if now - self._sent >= STEPS_S or not served.generating:
             self._send_due()
         elif self._send_timer is None:
@@ -396,23 +392,12 @@ class WorkerService:
             self._handed.add(request, held.key, monotonic())
         elif self._runner is not None:  # --kv-transfer off, and a frontend that asks all the same
             self._runner.transfer([base.Release(held.key)])
-        self._speed.first_tokens(((held.key, held.cached),), monotonic())
+        self._meter.computed(held.key, held.cached, monotonic())
         blocks = len(held.blocks) if lease else 0
         answer = Prefilled(running.rid, running.attempt, self._epoch, lease, blocks, held.cached, held.params)
         self._send(running.connection, encode(answer))
         if self._was_busy and not self.open:
             self._publish_load_soon()
-
-    def _measure(self, served: Served, outputs: int, now: float) -> None:
-        if served.started:
-            self._speed.first_tokens(served.started, now)
-            for key, _ in served.started:
-                self._pulls.first_token(key, now)
-            served.started.clear()
-        took = self._speed.step(outputs, now)
-        if took:
-            self._speed.sample(took, self._blocks)
-        self._blocks = self.load.active_blocks
 
     def _send_late(self) -> None:
         self._send_timer = None
@@ -473,13 +458,13 @@ class WorkerService:
             if known.open:
                 self._send(connection, encode(Heartbeat(self._epoch, steps, tuple(known.open))))
 
-    def _moves(self) -> dict[str, Any]:
-        """What it takes to move this worker's KV blocks, and others' to it."""
+    def _moves(self) -> tuple[int, float]:
+        """What it takes to move this worker's KV blocks, and others' to it: bytes a block, and a rate (LoadEvent)."""
         if self._moves_kv:
-            return {"pull_bps": 1.0 / max(self._pulls.token_s(monotonic()), 1e-9)}
+            return 0, self._meter.pull_bps(monotonic())
         if self.transfers is None:
-            return {}
-        return {"block_bytes": self.transfers.block_bytes, "pull_bps": self.transfers.bandwidth or PULL_BPS}
+            return 0, 0.0
+        return self.transfers.block_bytes, self.transfers.bandwidth or PULL_BPS
 
     def _publish_load_soon(self) -> None:
         """From idle to busy or back, or a long prompt; not each is told, under light load that is twice a request."""
@@ -490,26 +475,8 @@ class WorkerService:
         if self._load_timer is not None:
             self._load_timer.cancel()
             self._load_timer = None
-        load, speed = self.load, self._speed
-        backlog = speed.backlog
         self._was_busy = self.open > 0
-        self._event_seq += 1
-        event = LoadEvent(
-            self._node,
-            self._epoch,
-            self._event_seq,
-            max(load.active_requests, self.open - load.queued),
-            load.active_blocks,
-            load.queued,
-            load.kv_used,
-            load.kv_total,
-            # The engine knows what it has computed, the routers what is cached: both are upper bounds.
-            min(load.prefill_tokens_queued or backlog, backlog),
-            speed.prefill_tps or load.prefill_tps,
-            speed.itl_ms(load.active_blocks) or load.itl_ms,
-            speed.itl_per_block_ms or load.itl_per_block_ms,
-            **self._moves(),
-        )
+        event = self._meter.event(self._epoch, self.load, self.open, *self._moves())
         self._events.send((TOPIC_LOAD, encode(event)))
 
 
