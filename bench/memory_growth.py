@@ -47,16 +47,16 @@ class Run:
     port: int
     pids: list[int]
     requests: int
+    until: float
     started: int = 0
     done: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     samples: list[tuple[int, list[int]]] = field(default_factory=list)
 
     async def sample(self) -> None:
-        while self.done < self.requests:
+        while True:
             self.samples.append((self.done, [resident_kb(pid) for pid in self.pids]))
             await asyncio.sleep(SAMPLE_S)
-        self.samples.append((self.done, [resident_kb(pid) for pid in self.pids]))
 
 
 class Connection:
@@ -69,7 +69,7 @@ class Connection:
 
     async def go(self) -> None:
         run = self.run
-        while run.started < run.requests:
+        while run.started < run.requests and time.monotonic() < run.until:
             run.started += 1
             kind = self.rng.choices(list(KINDS), KINDS.values())[0]  # type: ignore[arg-type]
             status = await asyncio.wait_for(self.ask(kind, run.started), ANSWER_S)
@@ -105,11 +105,11 @@ class Connection:
         if kind == "refused":
             path, body, status = self.rng.choice(REFUSALS)
             return path.replace("%d", str(number)), body.replace(b"%d", b"%d" % number), status
-        words = model_dir.text(self.rng, VOCABULARY, self.rng.randrange(5, 25))
+        words = model_dir.text(self.rng, VOCABULARY, self.rng.randrange(3, 15))
         asked = {
             "model": sides.MODEL,
             "messages": [{"role": "user", "content": f"{number:08d} {words}"}],
-            "max_tokens": 2000 if kind == "aborted" else self.rng.randrange(1, 12),
+            "max_tokens": 1000 if kind == "aborted" else self.rng.randrange(1, 8),
             "ignore_eos": True,
             "stream": kind != "whole",
         }
@@ -131,7 +131,8 @@ def resident_kb(pid: int) -> int:
 async def load(run: Run, connections: int, seed: int) -> None:
     sampling = asyncio.ensure_future(run.sample())
     await asyncio.gather(*(Connection(run, random.Random(f"{seed}/{i}")).go() for i in range(connections)))
-    await sampling
+    sampling.cancel()
+    run.samples.append((run.done, [resident_kb(pid) for pid in run.pids]))
 
 
 def figures(samples: list[tuple[int, list[int]]], position: int, warm_up: int) -> dict[str, float]:
@@ -154,6 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--warm-up", type=int, default=10_000, help="requests before growth counts")
     parser.add_argument("--connections", type=int, default=48)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop then, whatever has been done")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--max-growth", type=float, help="percent; more is exit code 1")
     parser.add_argument("--curve", action="store_true", help="print all samples, to stderr")
@@ -167,10 +169,10 @@ def main() -> int:
         side = sides.start_p2pdyn(Path(folder) / "p2pdyn", model, frontends=1, workers=2, router=None)
         try:
             where = urlsplit(side.urls[0])
-            run = Run(
-                where.hostname or "", where.port or 0, [process.pid for process in side.processes], arguments.requests
-            )
             began = time.monotonic()
+            pids = [process.pid for process in side.processes]
+            until = began + arguments.seconds
+            run = Run(where.hostname or "", where.port or 0, pids, arguments.requests, until)
             uvloop.run(load(run, arguments.connections, arguments.seed))
             seconds = time.monotonic() - began
             side.check_alive()
