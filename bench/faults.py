@@ -151,9 +151,9 @@ class Bench:
                 self.workers[self.workers.index(victim)] = victim = self.start_worker(victim.host)
             over = time.monotonic()
             time.sleep(1.0)
+        victim.wait_ready()
         halted = time.monotonic()
         idle_s = self.timed(lambda: not self.busy(), halted, IDLE_S + 3)
-        victim.wait_ready()
         back_s = self.timed(lambda: victim.id in self.in_routing(), over, BACK_S)
         return self.judged(fault, load.answers, hit, victim.id, idle_s, back_s)
 

@@ -108,7 +108,7 @@ class Served:
         if self.draining:
             return "draining", "the worker is draining"
         if self.stalled:
-            return "stalled", self.stalled
+            return "model", f"the worker's engine stands still ({self.stalled})"  # "stalled" is for what it had
         if message.model not in self._models:
             return "model", f"the worker does not serve model {message.model!r}"
         if len(message.tokens) % 4 or not 0 < message.prompt_len <= count:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from p2pdyn.core.speed import LONG_S, SAMPLE_S, PullMeter, SpeedMeter
+from p2pdyn.core.speed import COLD_STALL_S, LONG_S, SAMPLE_S, STALL_S, PullMeter, SpeedMeter
 
 
 def step(meter: SpeedMeter, decoding: int, blocks: int, now: float) -> None:
@@ -26,6 +26,16 @@ def test_prompts_that_are_computed_together_count_together() -> None:
 def test_nothing_measured_is_zero() -> None:
     meter = SpeedMeter()
     assert (meter.prefill_tps, meter.itl_ms(100), meter.itl_per_block_ms, meter.backlog) == (0, 0, 0, 0)
+
+
+def test_an_engine_may_be_as_quiet_as_its_prompts_are_long() -> None:
+    meter = SpeedMeter()
+    meter.submitted(1, 10_000, 0, 0.0)
+    assert meter.patience_s == COLD_STALL_S
+    meter.first_tokens([(1, 0)], 2.0)
+    assert meter.patience_s == STALL_S
+    meter.submitted(2, 200_000, 0, 3.0)
+    assert meter.patience_s == pytest.approx(STALL_S + 3 * 40)
 
 
 def test_prefill_speed_of_a_queue_computed_one_after_the_other() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -290,6 +291,62 @@ def test_a_silent_worker_is_left_after_a_second(run: Run) -> None:
         await until(lambda: len(sink.routed) == 2, "another worker")
         assert asyncio.get_running_loop().time() - frozen_at < 1.6
         assert (await sink.outcome).migrations == 1
+
+    run(scenario)
+
+
+def test_an_engine_that_stands_still_loses_its_streams_and_takes_no_new_ones(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        for letter in "ab":
+            await bench.worker(letter, "--itl-ms", "5")
+        bench.refresh()
+        _, whole = bench.submit(max_tokens=80)
+        await whole.outcome
+        _, sink = bench.submit(max_tokens=80)
+        await until(lambda: len(sink.tokens) > 10, "a part of the stream")
+        victim = next(w for w in bench.workers if w.node == sink.routed[0])
+        other = next(w for w in bench.workers if w is not victim)
+        victim.service.stall("no engine step for 15 s with requests open")
+        assert victim.service.open == 0
+        assert victim.runner.has_work, "the engine is told nothing until it steps"
+        outcome = await sink.outcome
+        assert (outcome.workers, outcome.migrations) == ((victim.node, other.node), 1)
+        assert sink.tokens == whole.tokens
+        bench.refresh()  # gossip does not say so yet
+        for _ in range(2):
+            _, late = bench.submit(max_tokens=4)
+            assert (await late.outcome).workers[-1] == other.node
+        assert not bench.dispatcher.flights.blame._deaths
+        victim.service.resume()
+        bench.refresh()
+        _, pinned = bench.submit(pin=victim.node)
+        assert (await pinned.outcome).migrations == 0
+        await until(lambda: not victim.runner.has_work, "nothing is left of what it had")
+
+    run(scenario)
+
+
+def test_a_frontend_that_stood_still_trusts_a_link_once_its_worker_answers(run: Run) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.worker("a", "--itl-ms", "5")
+        bench.refresh()
+        _, first = bench.submit(max_tokens=1)
+        await first.outcome
+        dispatcher = bench.dispatcher
+        _, sink = bench.submit(max_tokens=100)
+        await until(lambda: sink.tokens, "the first token")
+        time.sleep(1.6)  # longer than STREAM_SILENCE_S: the whole process, loop and all
+        _, late = bench.submit(max_tokens=1)
+        outcome = await sink.outcome
+        assert (outcome.migrations, dispatcher.links_lost) == (0, 0)
+        assert (await late.outcome).migrations == 0
+
+        dispatcher._ticked -= 5.0
+        dispatcher._absence(asyncio.get_running_loop().time())
+        dispatcher._listen(asyncio.get_running_loop().time())
+        _, held = bench.submit(max_tokens=1)
+        assert not held.routed, "what was heard before proves nothing"
+        assert (await held.outcome).finish == "length"
 
     run(scenario)
 
