@@ -8,6 +8,7 @@ import pytest
 
 from p2pdyn import __version__
 from p2pdyn.cli.main import COMMANDS
+from p2pdyn.core.drain import FINISH_S, LIMIT_S
 from p2pdyn.settings import SETTINGS
 
 HEAVY = ("zmq", "starlette", "uvicorn", "numpy", "zeroconf", "tokenizers", "jinja2", "msgpack", "p2pdyn.node")
@@ -41,6 +42,12 @@ def test_every_command_teaches_with_its_help(command: str) -> None:
     assert command in ("bench", "doctor") or "Example" in done.stdout
 
 
+def test_drains_help_tells_its_limits() -> None:
+    text = p2pdyn("drain", "--help").stdout
+    assert f"after {FINISH_S:g} seconds" in " ".join(text.split())
+    assert f"{LIMIT_S:g} seconds in all" in " ".join(text.split())
+
+
 def test_nodes_help_names_every_setting() -> None:
     text = p2pdyn("node", "--help").stdout
     hidden = {"seeds", "config", "no_mdns", "mdns", "engine_args"}
@@ -57,6 +64,7 @@ BAD_USAGE = [
     (["node", "--engine", "none", "--", "--itl-ms", "5"], "an engine argument needs an engine"),
     (["node", "--listen", "0.0.0.0"], "--cluster-key"),
     (["keygen"], "Missing argument"),
+    (["drain"], "Missing argument"),
     (["peers", "--at", "host:7400:7400"], "write HOST:PORT, or [IPV6]:PORT"),
     (["peers", "--cluster-key", "/nonexistent"], "/nonexistent"),
     (["chat", "--at", "ftp://x"], "give http://HOST:PORT"),
@@ -88,6 +96,7 @@ FAILURES = [
         ["peers", "--at", "127.0.0.1:1"],
         "is a node running there? Give its address with --at HOST:PORT, and --cluster-key FILE",
     ),
+    (["drain", "w1", "--at", "127.0.0.1:1"], "is a node running there?"),
     (["chat", "--at", "http://127.0.0.1:1"], "start `p2pdyn node`"),
 ]
 
