@@ -115,7 +115,8 @@ class Flights:
     def submit(self, job: Job, sink: Sink, now: float) -> tuple[int, list[Action]]:
         """Open a flight; raises Rejected if too many wait already."""
         if not self.routes.serves(job.model) and len(self._waiting) >= MAX_WAITING:
-            raise Rejected(Failure(429, "overloaded", "Too many requests are waiting for a worker; retry later.", 1))
+            message = f"{MAX_WAITING} requests wait for a worker to be there; retry in {WAIT_S:.0f} s."
+            raise Rejected(Failure(429, "overloaded", message, int(WAIT_S)))
         flight = Flight(self._next_rid, job, sink, now)
         self._next_rid += 1
         if not job.pin and self.routes.must_wait(job.model, now):
@@ -174,7 +175,8 @@ class Flights:
         if code == "invalid" and flight.prefill is None:
             return self._fail(flight, Failure(400, "invalid_request", reason), now)
         if code == "overload" and flight.failures >= REFUSED_LIMIT:
-            return self._fail(flight, Failure(429, "overloaded", reason, 1), now)
+            retry = self.routes.retry_after(flight.job.model, now)
+            return self._fail(flight, Failure(429, "overloaded", reason, retry), now)
         return self._lost(flight, reason, now, planned=code == "draining")
 
     def move(self, worker: NodeId, requests: Iterable[tuple[int, int]], now: float) -> list[Action]:

@@ -239,6 +239,11 @@ class Routes:
         model.queue.wait(rid, now, params.priority, job.client, tokens, cost, clear_s)
         self.crowded.add(job.model)
 
+    def retry_after(self, model: str, now: float) -> int:
+        """Whole seconds until those that wait for room now will have been served."""
+        known = self._models.get(model)
+        return known.queue.retry_after(now, self.router.clear_s(known.targets, now)) if known is not None else 1
+
     def leave(self, rid: int, job: Job) -> None:
         """The request waits no more, if it did."""
         model = self._models.get(job.model)

@@ -189,7 +189,7 @@ class Connection(asyncio.Protocol):
         if refusal is not None:
             self.shared.metrics.refused_connections += 1
             self._refuse(refusal)
-            if len(self.shared.connections) > self.limits.connections or refusal.code == "out_of_descriptors":
+            if len(self.shared.connections) > 2 * self.limits.connections or refusal.code == "out_of_descriptors":
                 transport.close()  # too many even to let them read why in peace
 
     def connection_lost(self, exc: Exception | None) -> None:
