@@ -285,6 +285,7 @@ class FlightMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 0.0
         self.up = {A, B}
+        self.draining: set[NodeId] = set()
         self.flights = Flights(Routes(Router("least-loaded", random.Random(0))), lambda data: ())
         self.sinks: dict[int, Recorder] = {}
         self.held: dict[NodeId, dict[tuple[int, int], int]] = {A: {}, B: {}, C: {}}
@@ -337,25 +338,42 @@ class FlightMachine(RuleBasedStateMachine):
     @rule(worker=st.sampled_from([A, B, C]), died=st.booleans())
     def die(self, worker: NodeId, died: bool) -> None:
         self.up.discard(worker)
+        self.draining.discard(worker)
         self.held[worker].clear()
         self.take(self.flights.worker_lost(worker, "died", self.now, died))
         self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
 
+    @rule(worker=st.sampled_from([A, B, C]), over=st.booleans())
+    def drain(self, worker: NodeId, over: bool) -> None:
+        """Routed to no more, it asks for what it has to go on elsewhere; ``over``: there is no time for the rest."""
+        if worker in self.up:
+            self.up.discard(worker)
+            self.draining.add(worker)
+            self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
+        if worker in self.draining:
+            self.take(self.flights.move(worker, list(self.held[worker]), self.now))
+            for rid, attempt in list(self.held[worker]) if over else []:
+                self.take(self.flights.refused(worker, rid, attempt, "draining", "it drains", self.now))
+
     @rule(worker=st.sampled_from([A, B, C]))
     def come(self, worker: NodeId) -> None:
+        if worker in self.draining:
+            self.die(worker, False)
         self.up.add(worker)
         self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
 
     @rule(worker=st.sampled_from([A, B, C]))
     def live(self, worker: NodeId) -> None:
         """It was cut off only."""
+        if worker in self.draining:
+            return
         self.up.add(worker)
         self.take(self.flights.worker_lives(worker, self.now))
         self.take(self.flights.routable(serving(*sorted(self.up)), self.now))
 
     @rule(worker=st.sampled_from([A, B, C]))
     def heartbeat(self, worker: NodeId) -> None:
-        if worker in self.up:
+        if worker in self.up | self.draining:
             known = [rid for rid, _ in self.held[worker]]
             self.take(self.flights.missing_at(worker, known, self.now, self.now))
 
@@ -397,7 +415,7 @@ class FlightMachine(RuleBasedStateMachine):
         assert len(idle - waiting) == self.flights.routes.queued().get(MODEL, 0)
         assert (idle == waiting) == (not self.flights.routes.crowded)
         for flight in self.flights.open.values():
-            assert flight.worker is None or flight.worker in self.up
+            assert flight.worker is None or flight.worker in self.up | self.draining
         if not self.flights.open:
             assert not self.flights._at
 
