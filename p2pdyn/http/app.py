@@ -17,8 +17,8 @@ from p2pdyn.http.backend import Backend, ModelStatus
 from p2pdyn.http.errors import HttpError, internal, retry_after, unknown_path
 from p2pdyn.http.explain import Explanations
 from p2pdyn.http.generate import routing
+from p2pdyn.http.jsonbody import load_object
 from p2pdyn.http.metrics import HttpMetrics
-from p2pdyn.http.openai import parse_object
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -78,7 +78,7 @@ class _Routes:
         return _json(self._backend.peers())
 
     async def explain(self, request: Request) -> Response:
-        content = parse_object(await request.body())
+        content = load_object(await request.body())
         pin, session = routing(dict(request.headers.raw))
         return _json(await self._explanations.request(content, pin=pin, session=session))
 

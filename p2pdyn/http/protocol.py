@@ -37,6 +37,13 @@ log = logging.getLogger(__name__)
 NOT_SENT_LOW = 64 * 1024
 """Bytes that the kernel may hold unsent: beyond it they stay, counted, with us (TCP_NOTSENT_LOWAT)."""
 
+MAX_PIECES, PIECE = 4096, 256
+"""A body may come in this many pieces, and in one more for each PIECE bytes: a chunk costs 3 us, and a million of one
+byte come in one turn of the loop."""
+
+SINGLE = frozenset({b"host", b"content-length", b"transfer-encoding", b"content-encoding", b"authorization"})
+"""Headers that a proxy before us might read otherwise if there were two."""
+
 PLAIN_PATH = re.compile(rb"(?:/[a-z0-9]+)+")
 
 GREED = 3
@@ -165,7 +172,7 @@ class Connection(asyncio.Protocol):
         self.reading = IDLE
         self.since = loop.time()
         self._header_size = 0
-        self._received = 0
+        self._received = self._pieces = 0
         self._refusal: HttpError | None = None
         self._linger_until: float | None = None
         self._written = self._drained = 0
@@ -273,7 +280,11 @@ class Connection(asyncio.Protocol):
             raise Refused(self._header_too_large())
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields[name.lower()] = value
+        if self.reading is not BODY:  # else it is a trailer: its size counts, its meaning is none
+            name = name.lower()
+            if name in SINGLE and name in self._fields:
+                raise Refused(bad(f"The header {name.decode('ascii')} is there twice: send it once.", code="bad_http"))
+            self._fields[name] = value
         self._header_size += len(name) + len(value) + 4
         if self._header_size > self.limits.header_bytes:
             raise Refused(self._header_too_large())
@@ -287,9 +298,11 @@ class Connection(asyncio.Protocol):
         if parser.should_upgrade():
             raise Refused(bad("This endpoint speaks HTTP/1.1 only: leave out the Upgrade header.", code="bad_http"))
         version, method = parser.get_http_version(), parser.get_method().decode("ascii")
+        if version not in ("1.1", "1.0"):
+            raise Refused(bad(f"This endpoint speaks HTTP/1.1 and 1.0, not {version}.", code="bad_http"))
         keep_alive = version == "1.1" and parser.should_keep_alive() and not shared.stopping
         self._incoming = Exchange(self, method, self._url, _path(self._url), self._fields, version, keep_alive)
-        self.reading, self.since, self._received = BODY, self._loop.time(), 0
+        self.reading, self.since, self._received, self._pieces = BODY, self._loop.time(), 0, 0
         error = self._error_before_body(self._incoming)
         if error is not None:
             raise Refused(error)
@@ -303,10 +316,13 @@ class Connection(asyncio.Protocol):
         if error is not None:
             self.shared.metrics.requests[(self.shared.gate.label(exchange.path), error.status)] += 1
             return error
+        coding = fields.get(b"transfer-encoding")
+        if coding is not None and coding.lower() != b"chunked":
+            return bad("The only Transfer-Encoding that is understood is chunked.", code="bad_http")
         length = fields.get(b"content-length")
         if length is not None and int(length) > self.limits.body_bytes:
             return self._body_too_large()
-        if method == "POST" and length is None and b"transfer-encoding" not in fields:
+        if method == "POST" and length is None and coding is None:
             return HttpError(411, "A request with a body needs a Content-Length header.", "length_required")
         if fields.get(b"content-encoding", b"identity").lower() != b"identity":
             return bad("Compressed request bodies are not accepted: leave out Content-Encoding.", "Content-Encoding")
@@ -327,6 +343,11 @@ class Connection(asyncio.Protocol):
         size = len(body)
         self._received += size
         exchange.size += size
+        self._pieces += 1
+        if self._pieces > MAX_PIECES + exchange.size // PIECE:
+            raise Refused(
+                bad(f"The body comes in chunks of less than {PIECE} bytes; send larger ones.", code="bad_http")
+            )
         if exchange.size > self.limits.body_bytes:
             raise Refused(self._body_too_large())
         bodies = self.shared.bodies

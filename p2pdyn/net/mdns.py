@@ -175,9 +175,7 @@ class Mdns:
         try:
             await (await zeroconf.async_update_service(info))
         except _TROUBLE as error:
-            log.warning(
-                "mDNS could not announce the new cluster key (%s): peers learn of it later", error
-            )
+            log.warning("mDNS could not announce the new cluster key (%s): peers learn of it later", error)
 
     # ---- zeroconf's life ----
 
