@@ -2,7 +2,7 @@
 
 serving --asked--> finishing --FINISH_S--> moving --LIMIT_S--> left
                        |                     |
-                       +--nothing is open----+-----------------> left
+                       +--nothing is open----+---------------> left
 """
 
 from __future__ import annotations
