@@ -36,7 +36,9 @@ from support.nodes import make_key, wait_for
 IDLE_S = 5.0
 BACK_S = 15.0
 SIM = ("--itl-ms", "10")
-OPEN = re.compile(r"(?m)^p2pdyn_frontend_inflight_requests (\S+)")
+OPEN = re.compile(r"(?m)^p2pdyn_frontend_inflight_requests (?!0).*$")
+BUSY = re.compile(r"(?m)^p2pdyn_worker_(?:active_requests|queued|active_blocks){.*} (?!0).*$")
+TOLD = re.compile(r'(?m)^p2pdyn_worker_active_blocks{worker="(\w+)"')
 UP = re.compile(r'worker_link_up{worker="(\w+)"} 1')
 
 
@@ -125,15 +127,12 @@ class Bench:
         found = [set(UP.findall(self.metrics(h))) for h in self._hosts("f")]
         return set.intersection(*found)
 
-    def busy(self) -> list[dict[str, Any]]:
-        """What is open: on workers as they say themselves, on frontends."""
-        loads = [next(p["load"] for p in w.report()["peers"] if p["id"] == w.id) for w in self.workers]
-        open_ = [
-            float(re.findall(r"(?m)^p2pdyn_frontend_inflight_requests (\S+)", self.metrics(h))[0])
-            for h in self._hosts("f")
-        ]
-        held = [load for load in loads if load["active_requests"] or load["queued"] or load["active_blocks"]]
-        return held + [{"frontend": n} for n in open_ if n]
+    def busy(self) -> list[str]:
+        """What is open: on workers as they last told the first frontend, on frontends."""
+        told = self.metrics(self._hosts("f")[0])
+        idle = {worker.id for worker in self.workers} <= set(TOLD.findall(told))
+        lines = [line for host in self._hosts("f") for line in OPEN.findall(self.metrics(host))]
+        return [*lines, *BUSY.findall(told), *([] if idle else ["a worker has not told its load"])]
 
     def run(self, fault: str) -> dict[str, Any]:
         options, load = self.options, self.load()

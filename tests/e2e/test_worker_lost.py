@@ -18,6 +18,7 @@ import pytest
 from support import odd_node
 from support.nodes import Cluster, NodeProcess, make_key, wait_for
 from support.odd_engine import POISON_TOKENS
+from support.pd import Asked, PdCluster, prompt
 
 TOKENS = 80
 ORPHANED_S = 5.0
@@ -237,6 +238,22 @@ def test_requests_of_a_frontend_that_is_gone_are_cancelled_and_clients_go_on_at_
         first.kill()
         asking.join()
     assert answer.error is not None or answer.said is None or answer.said[1][1] < 2000
+
+
+def test_a_frontend_that_is_killed_leaves_no_lease_and_no_transfer(cluster: Cluster, tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    pd = PdCluster(cluster, "sim", "tcp")
+    prefill, decode = pd.start("p", "prefill"), pd.start("d", "decode", hold=hold)
+    pd.ready()
+    (hold / "before").touch()  # its reads wait
+    asked = Asked(pd, prompt(800, 1))
+    try:
+        pd.stage(decode, "reading")
+        pd.frontend.kill()
+        pd.all_given_back(prefill, decode)
+    finally:
+        asked.join()
+    assert asked.error is not None
 
 
 def odd(cluster: Cluster, name: str, seeds: list[NodeProcess], *before: str) -> NodeProcess:
