@@ -33,6 +33,12 @@ def frontend_metrics(
     plain: list[tuple[str, str, str, float]] = [
         ("p2pdyn_frontend_inflight_requests", "gauge", "Open generations of this frontend.", len(flights.open)),
         ("p2pdyn_frontend_migrations_total", "counter", "Generations moved to another worker.", flights.migrations),
+        (
+            "p2pdyn_frontend_killers_total",
+            "counter",
+            "Generations ended as every worker that ran them died.",
+            flights.blame.convicted,
+        ),
         ("p2pdyn_frontend_token_holes_total", "counter", "Generations whose token frames were lost.", flights.holes),
         ("p2pdyn_frontend_stale_frames_total", "counter", "Token frames of earlier attempts.", flights.stale),
         ("p2pdyn_frontend_links_lost_total", "counter", "Worker links that went down.", links_lost),
