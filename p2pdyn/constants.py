@@ -56,3 +56,5 @@ MODEL_KNOWN_S = 600.0
 SLOW_READER_BYTES = 256 * 1024
 SLOW_READER_S = 30.0
 """A stream whose client leaves this much, or for this long, unread is cancelled."""
+UCX_PORTS = "7410-7499"
+"""Where NIXL's UCX listens, unless UCX_TCP_PORT_RANGE says otherwise: a fixed range, so that a firewall can name it."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import resource
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from p2pdyn import __version__, serving
+from p2pdyn import __version__, ports, serving
 from p2pdyn.config import Config, ConfigError, ReadyInfo, StartError
 from p2pdyn.core.types import (
     AGGREGATED,
@@ -132,6 +133,7 @@ class Node:
         self.mesh.start()
         await self._introduce(security, listen)
         log.info("node %s listens on %s (%s)", self.data.node, self.mesh.address, listen.why)
+        log.info("ports: %s", ports.listing(config, self.mesh.address.port, self.info, os.environ))
         if config.engine != "none":
             await self._load_engine()
         else:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from p2pdyn.constants import UCX_PORTS
 from p2pdyn.transfer.base import Region, TransferError
 
 PAUSE_US = 10_000
@@ -21,7 +22,7 @@ PAUSE_US = 10_000
 DEFAULTS = {
     "NIXL_LOG_LEVEL": "FATAL",  # each poll of a broken transfer is a line otherwise; its errors reach us anyway
     "UCX_LOG_LEVEL": "fatal",
-    "UCX_TCP_PORT_RANGE": "7410-7499",
+    "UCX_TCP_PORT_RANGE": UCX_PORTS,
 }
 """Environment that UCX and NIXL read, where the user has not set it."""
 
