@@ -76,7 +76,7 @@ class Clients:
 
 def test_a_flood_by_one_client_does_not_hold_up_another(cluster: Cluster) -> None:
     frontend = cluster.frontend("frontend")
-    cluster.worker("worker", "--", "--max-num-seqs", str(SLOTS), "--itl-ms", "5", seeds=[frontend])
+    worker = cluster.worker("worker", "--", "--max-num-seqs", str(SLOTS), "--itl-ms", "5", seeds=[frontend])
 
     async def main() -> None:
         clients = Clients(*address(frontend))
@@ -94,6 +94,10 @@ def test_a_flood_by_one_client_does_not_hold_up_another(cluster: Cluster) -> Non
         assert (await clients.ask("127.0.0.1", "and all is well again"))[::2] == (200, 0)
 
     asyncio.run(asyncio.wait_for(main(), 50))
+    # docs/design/wire.md: of two peers, a frontend with a link to one worker, and that worker.
+    peer = 30 + 6 + 5 + 4 + 1
+    wait_for(lambda: psutil.Process(frontend.process.pid).num_fds() <= peer + 8, 10, "few descriptors")
+    assert psutil.Process(worker.process.pid).num_fds() <= peer + 8 + 2
 
 
 def test_without_descriptors_new_clients_are_refused_and_all_else_goes_on(cluster: Cluster) -> None:
