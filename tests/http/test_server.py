@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 import subprocess
 from pathlib import Path
@@ -74,6 +75,50 @@ def test_tls_serves_and_a_renewed_certificate_is_taken_at_reload(tmp_path: Path)
             served.server.reload()
             assert await peer_name(served.port, new_cert) == b"HTTP/1.1 200 OK"
 
+    run(main())
+
+
+def test_tls_and_keys_are_replaced_under_load_and_open_streams_go_on(tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "first")
+    new_cert, new_key = certificate(tmp_path, "second")
+    keys = tmp_path / "keys"
+    keys.write_text("the-old-key\n")
+    headers = "Host: x\r\nContent-Length: {}\r\nAuthorization: Bearer {}\r\nConnection: close\r\n\r\n"
+    body = json.dumps({**CHAT, "max_tokens": 60, "stream": True}).encode()
+
+    async def stream(port: int, trusted: Path, api_key: str, begun: asyncio.Event | None = None) -> bytes:
+        trust = ssl.create_default_context(cafile=str(trusted))
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trust)
+        head = "POST /v1/chat/completions HTTP/1.1\r\n" + headers.format(len(body), api_key)
+        writer.write(head.encode() + body)
+        answer = await reader.readline()
+        if begun is not None:
+            begun.set()
+        answer += await asyncio.wait_for(reader.read(), 20)
+        writer.close()
+        await writer.wait_closed()
+        return answer
+
+    async def main() -> None:
+        async with endpoint("--itl-ms", "10", tls_cert=cert, tls_key=key, api_key_file=keys) as served:
+            begun = [asyncio.Event() for _ in range(4)]
+            old = [asyncio.create_task(stream(served.port, cert, "the-old-key", one)) for one in begun]
+            for one in begun:
+                await one.wait()
+            cert.write_bytes(new_cert.read_bytes())
+            key.write_bytes(new_key.read_bytes())
+            keys.write_text("the-new-key\nanother-key\n")
+            served.server.reload()
+            fresh = await stream(served.port, new_cert, "the-new-key")
+            assert b"data: [DONE]" in fresh
+            assert (await stream(served.port, new_cert, "the-old-key")).startswith(b"HTTP/1.1 401")
+            assert (await stream(served.port, new_cert, "another-key")).startswith(b"HTTP/1.1 200")
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await stream(served.port, tmp_path / "first-copy.crt", "the-new-key")
+            for answer in await asyncio.gather(*old):
+                assert b"data: [DONE]" in answer
+
+    (tmp_path / "first-copy.crt").write_bytes(cert.read_bytes())
     run(main())
 
 
