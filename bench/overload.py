@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import uvloop
 from support.nodes import Cluster
 
-SLOTS, ITL_MS, TOKENS, WORKERS = 8, 10, 20, 2
+ITL_MS, TOKENS, WORKERS = 10, 20, 2
 PREFILL_S = 0.005
 """Of a prompt, at the workers' speed: about what a step lasts longer for it."""
 ANSWER_S = 90.0
@@ -197,6 +197,7 @@ def figures(load: Load, began: float, ended: float, capacity: float) -> dict[str
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", type=int, default=4, help="requests that a worker runs at a time")
     parser.add_argument("--times", type=float, default=3.0, help="capacity, in the overload")
     parser.add_argument("--before", type=float, default=0.5, help="capacity, before and after")
     parser.add_argument("--calm", type=float, default=10.0, help="seconds before")
@@ -212,10 +213,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    capacity = WORKERS * SLOTS / (TOKENS * ITL_MS / 1e3 + PREFILL_S)
+    capacity = WORKERS * arguments.slots / (TOKENS * ITL_MS / 1e3 + PREFILL_S)
     with tempfile.TemporaryDirectory(prefix="p2pdyn-bench-") as folder, Cluster(Path(folder)) as cluster:
         frontend = cluster.frontend("frontend")
-        engine = ("--", "--max-num-seqs", str(SLOTS), "--itl-ms", str(ITL_MS))
+        engine = ("--", "--max-num-seqs", str(arguments.slots), "--itl-ms", str(ITL_MS))
         for number in range(WORKERS):
             cluster.worker(f"worker{number}", *engine, seeds=[frontend])
         where = urlsplit(frontend.url)
