@@ -244,6 +244,8 @@ class KvIndex:
         blocks = found.blocks
         standing = candidates & self.live
         tiers = [tier for tier in (*self._tiers, *self._late) if tier]
+        if hashes and not any(tier.get(hashes[0], 0) & standing for tier in tiers):
+            return found  # the common case where prompts share nothing
         many = len(tiers) > 1 or not self._tiers[DEVICE]
         course: list[int] = []
         at, step = 0, _WALK

@@ -18,6 +18,7 @@ from p2pdyn.wire.kvpack import (
     HASH_BYTES,
     MAX_RUNS,
     OP_BYTES,
+    REMOVED,
     STORED,
     TIERS,
     Op,
@@ -81,7 +82,7 @@ class KvJournal:
         for event in events:
             for op in self._names.apply(event):
                 self._add(op, ops)
-        return [self._number(pack_ops(part)) for part in self._split(ops)]
+        return [self._number(pack_ops(part)) for part in self._split(_gathered(ops))]
 
     def digest(self) -> KvDigest:
         """The state now. Each call makes a new one, numbered so that a receiver can tell an old one."""
@@ -159,3 +160,18 @@ class KvJournal:
         while self._kept_bytes > self._replay_bytes:
             self._kept_bytes -= len(self._kept.popleft())
         return KvBatch(self.worker, self.epoch, self.rank, self.seq, ops)
+
+
+def _gathered(ops: list[Op]) -> list[Op]:
+    """The same with one op a kind and tier, removals first, unless a block both comes and goes: what a run costs
+    a frontend hardly grows with its length, and under load a full cache takes and gives by turns."""
+    if len(ops) < 3 or ops[0].kind == CLEARED:
+        return ops
+    runs: dict[tuple[int, int], array[int]] = {}
+    for kind, tier, hashes in ops:
+        runs.setdefault((kind, tier), array("Q")).extend(hashes)
+    for tier in range(TIERS):
+        gone = runs.get((REMOVED, tier))
+        if gone and not set(gone).isdisjoint(runs.get((STORED, tier), ())):
+            return ops
+    return [Op(kind, tier, runs[kind, tier]) for kind, tier in sorted(runs, reverse=True)]

@@ -109,6 +109,9 @@ class Dispatcher:
         self.links_lost = 0
         self._draining = False
         self._ticked = self._born
+        self._outbox: list[tuple[WorkerLink, bytes]] = []
+        """Requests."""
+        self._sending = False
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
     # Backend.
@@ -221,6 +224,7 @@ class Dispatcher:
         self._reroute(now)
 
     def close(self) -> None:
+        self._outbox.clear()
         self._timer.cancel()
         self._cards.close()
         self.feed.close()
@@ -425,9 +429,22 @@ class Dispatcher:
             if link is None:
                 continue
             if isinstance(action, Abandon):
+                self._send()
                 link.send(encode(Cancel(((action.rid, action.attempt),))))
-            elif not link.send(self._generate(link.epoch, action)):
-                # Not connected any more, or its queue is full: to us the worker is lost. Not from within this loop.
+            else:
+                self._outbox.append((link, self._generate(link.epoch, action)))
+        if self._outbox and not self._sending:
+            self._sending = True
+            self._loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        """The requests of one turn of the loop leave together: one sent by itself wakes ZeroMQ's thread and the worker,
+        which would compute it before it hears of the next."""
+        self._sending = False
+        outbox, self._outbox = self._outbox, []
+        for link, data in outbox:
+            if not link.send(data):
+                # Not connected any more, or its queue is full: to us the worker is lost. Not from within a caller.
                 self._loop.call_soon(self._unsent, link)
 
     def _unsent(self, link: WorkerLink) -> None:

@@ -85,6 +85,8 @@ class Tokenizer:
         added = self._inner.get_added_tokens_decoder()
         self._special = {token for token, entry in added.items() if entry.special}
         self._pieces: dict[str, bytes] = {}
+        self._once: set[str] = set()
+        """Pieces met once."""
         self._cuttable = _is_cuttable(settings, added.values()) and self._cuts_sample()
         self._bytes_of = _byte_decoder(settings)
         self.escaped: dict[int, bytes] = {}
@@ -140,10 +142,20 @@ class Tokenizer:
             text = piece[1:] if piece[0] == MARK else " " + piece
             ids = self._encode_whole(text.removesuffix(MARK), False).tobytes()
             if len(piece) <= MAX_PIECE:
-                if len(self._pieces) >= MAX_PIECES:
-                    self._pieces.clear()
-                self._pieces[piece] = ids
+                self._keep(piece, ids)
         return ids
+
+    def _keep(self, piece: str, ids: bytes) -> None:
+        """From its second time on: numbers and names that come once would else push the words out."""
+        if piece not in self._once:
+            if len(self._once) >= MAX_PIECES:
+                self._once.clear()
+            self._once.add(piece)
+            return
+        self._once.discard(piece)
+        if len(self._pieces) >= MAX_PIECES:
+            self._pieces.clear()
+        self._pieces[piece] = ids
 
     def _learn_some(self, words: list[str], found: list[bytes | None]) -> None:
         """A text of many new words is encoded as a whole; a few of them are there the next time."""
@@ -153,7 +165,7 @@ class Tokenizer:
 
     def _cuts_sample(self) -> bool:
         same = self._encode_pieces(SAMPLE) == self._encode_whole(SAMPLE, False)
-        self._pieces.clear()
+        self._once.clear()
         return same
 
     # ---- decoding

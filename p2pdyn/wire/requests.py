@@ -8,6 +8,8 @@ request; the worker keys requests by (connection, rid, attempt).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
+from operator import attrgetter, ne
 from typing import Annotated, NamedTuple
 
 from p2pdyn.core.types import SamplingParams
@@ -272,9 +274,12 @@ class Move:
     requests: Annotated[tuple[tuple[U64, U8], ...], Cap(MAX_OPEN)]
 
 
-_DEFAULTS = [(name, getattr(SamplingParams(), name)) for name in SamplingParams.__slots__]
+_PARAMS = tuple(SamplingParams.__slots__)
+_params_of = attrgetter(*_PARAMS)
+_DEFAULTS = _params_of(SamplingParams())
 
 
 def describe_params(params: SamplingParams) -> dict[str, object]:
     """The fields that differ from their defaults: what travels in ``Generate.params``."""
-    return {name: value for name, default in _DEFAULTS if (value := getattr(params, name)) != default}
+    values = _params_of(params)
+    return dict(compress(zip(_PARAMS, values, strict=True), map(ne, values, _DEFAULTS)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from math import isfinite
+from operator import attrgetter
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -39,8 +40,9 @@ def record_shape(cls: type, name: str = "") -> Shape:
     """The shape of a dataclass or NamedTuple: a positional array of its fields. Those at the end that have their
     defaults are left out, and read as such: a message of before they were added is a message still."""
     name = name or cls.__name__
-    shapes = field_shapes(cls, name)
-    dumps = [(field, s.dump) for field, s in zip(field_names(cls), shapes, strict=True)]
+    names, shapes = field_names(cls), field_shapes(cls, name)
+    fields = _reader(names)
+    dumps = [s.dump for s in shapes]
     loads = [s.load for s in shapes]
     count = len(shapes)
     defaults = _last_defaults(cls)
@@ -49,12 +51,11 @@ def record_shape(cls: type, name: str = "") -> Shape:
     def dump(value: Any) -> Any:
         if type(value) is not cls:
             raise WireError(f"{name}: not a {cls.__name__}")
-        plain = [convert(getattr(value, field)) for field, convert in dumps]
-        for default in defaults:
-            if plain[-1] != default:
-                break
-            plain.pop()
-        return plain
+        values = fields(value)
+        end = count
+        while end > least and values[end - 1] == defaults[count - end]:
+            end -= 1
+        return [convert(one) for convert, one in zip(dumps, values[:end], strict=False)]
 
     def load(plain: Any) -> Any:
         if type(plain) is not tuple or not least <= len(plain) <= count:
@@ -62,6 +63,13 @@ def record_shape(cls: type, name: str = "") -> Shape:
         return cls(*[convert(item) for convert, item in zip(loads, plain, strict=False)])
 
     return Shape(dump, load)
+
+
+def _reader(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """What takes all these attributes in one call."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda value: tuple([getattr(value, name) for name in names])
 
 
 def field_names(cls: type) -> tuple[str, ...]:

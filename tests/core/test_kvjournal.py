@@ -52,6 +52,16 @@ def test_a_step_is_one_batch_with_runs_of_alike_ops() -> None:
     assert kinds(steps[0][0].ops) == [(STORED, 0, 2), (STORED, 1, 1), (REMOVED, 0, 1)]
 
 
+def test_what_comes_and_goes_by_turns_is_told_in_one_run_each() -> None:
+    worker = journal()
+    worker.take([store(1), store(2)])
+    (turns,) = worker.take([store(3), BlocksRemoved((1,)), store(4), BlocksRemoved((2,)), store(5)])
+    (back,) = worker.take([BlocksRemoved((3,)), store(6), store(3), BlocksRemoved((4,))])
+
+    assert kinds(turns.ops) == [(REMOVED, 0, 2), (STORED, 0, 3)]
+    assert kinds(back.ops) == [(REMOVED, 0, 1), (STORED, 0, 2), (REMOVED, 0, 1)], "one comes back"
+
+
 def test_what_changes_nothing_is_not_told() -> None:
     worker = journal()
     assert worker.take([BlocksCleared(), BlocksRemoved((1,))]) == []

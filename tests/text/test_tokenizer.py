@@ -93,6 +93,16 @@ def test_a_text_of_many_new_words_is_encoded_and_partly_learnt() -> None:
         assert list(ours.encode(text, False)) == inner.encode(text, add_special_tokens=False).ids
 
 
+def test_pieces_that_come_once_push_no_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2pdyn.text.tokenizer.MAX_PIECES", 8)
+    inner, ours = ALL["gpt2"]
+    ours._pieces.clear()
+    for number in range(40):
+        text = f"id{number}x said hello again"
+        assert list(ours.encode(text, False)) == inner.encode(text, add_special_tokens=False).ids
+    assert sorted(ours._pieces) == ["again ", "hello", "said"]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(ALL)), TEXTS, st.lists(st.integers(0, 258), max_size=12))
 def test_token_by_token_gives_the_text_of_the_whole(name: str, text: str, noise: list[int]) -> None:
