@@ -7,7 +7,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,8 +135,11 @@ class Cluster:
                 text: str = answer.read().decode()
                 return text
 
-        lines = self._from_client(read).splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].split(" ")[0] == name)
+        rows = [line.split() for line in self._from_client(read).splitlines()]
+        values = [float(row[-1]) for row in rows if row and row[0].partition("{")[0] == name]
+        if not values:
+            raise LookupError(f"{peer.name} has no metric {name}")
+        return sum(values)
 
     def _from_client(self, work: Callable[[], T]) -> T:
         assert self._console is not None
@@ -185,10 +187,11 @@ def wait_at_rest(cluster: Cluster, since: float | None = None) -> list[str]:
 def disagreements(cluster: Cluster) -> list[str]:
     """Why the cluster is not at rest; empty when all peers see the same six ready peers, frontends know every worker's
     cache block for block, and nothing is open or held."""
-    with suppress(OSError, TimeoutError, RuntimeError):
+    try:
         reports = {peer.name: cluster.ask(peer, "peers") for peer in cluster.peers.values()}
         return _views(reports) or _held(cluster, reports) or _caches(cluster, reports)
-    return ["a peer does not answer"]
+    except (OSError, TimeoutError, RuntimeError) as error:
+        return [f"a peer does not answer: {error!r}"]
 
 
 def _views(reports: dict[str, dict[str, Any]]) -> list[str]:

@@ -127,7 +127,10 @@ def test_a_wall_clock_that_steps_moves_nothing(cluster: Cluster, step: float) ->
 @clocks
 def test_a_worker_restarts_while_its_clock_is_behind(cluster: Cluster) -> None:
     worker, seen = cluster.peers["w3"], cluster.peers["f0"]
-    epoch = lambda: next(p["epoch"] for p in cluster.ask(seen, "peers")["peers"] if p["name"] == "w3")  # noqa: E731
+
+    def epoch() -> int:
+        return next(int(p["epoch"]) for p in cluster.ask(seen, "peers")["peers"] if p["name"] == "w3")
+
     before = epoch()
     with injector(cluster) as faults, faults.on(Fault(0, "clock", "w3", 0, amount=-7200.0)):
         faults.run(Fault(0, "kill", "w3", 0.5))

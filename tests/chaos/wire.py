@@ -32,13 +32,12 @@ def carry(one: socket.socket, other: socket.socket, delay: float) -> None:
     late: deque[tuple[float, socket.socket, bytes]] = deque()
     with selectors.DefaultSelector() as selector:
         for port in far:
-            selector.register(port, selectors.EVENT_READ)
+            selector.register(port, selectors.EVENT_READ, port)
         while True:
             wait = max(0.0, late[0][0] - time.monotonic()) if late else None
             for key, _ in selector.select(wait):
-                port = key.fileobj
-                assert isinstance(port, socket.socket)
-                late.append((time.monotonic() + delay, far[port], port.recv(LARGEST)))
+                near: socket.socket = key.data
+                late.append((time.monotonic() + delay, far[near], near.recv(LARGEST)))
             while late and late[0][0] <= time.monotonic():
                 _, to, frame = late.popleft()
                 with suppress(OSError):  # a full or unplugged port loses frames, as a cable would
