@@ -126,6 +126,10 @@ class Supervisor:
             await asked.wait()
             asked.clear()
             reload_peer.set()
+            for process in self.processes.values():
+                # One in its first second of life has no handler yet and ends: it is started again, with the new files.
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGHUP)
             self._handle(Revive())
 
     # What peer 0 does with its crew.
