@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import string
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import openai
@@ -18,12 +23,38 @@ from support.vllm_engine import ARGS, ENVIRONMENT, START_S, needs_vllm
 pytestmark = [needs_vllm, pytest.mark.timeout(700)]
 
 LAG_S = 0.1
-"""Loading never holds up the peer's loop this long."""
+"""Loading never holds up the peer's loop this long, beyond what the machine holds everybody up."""
 PROMPT = re.compile(r"prefix cache: (\d+) tokens asked, (\d+) found; from other workers: (\d+) asked, (\d+) brought")
 LONG = 3000
-"""Tokens of a first turn: computing them again costs far more than any noise in the measured speeds of two workers."""
+"""Tokens of a first turn."""
+FREED_S = 5.0
+"""A client that left holds no blocks after this long."""
 NEWS_S = 15.0
 """vLLM's own counters are logged each 10 s."""
+
+
+class Stalls:
+    """How long this machine keeps a process waiting that wants to run: the worst of many short sleeps, in seconds."""
+
+    def __init__(self) -> None:
+        self.worst = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stalls")
+
+    def _run(self) -> None:
+        until = time.monotonic() + 0.01
+        while not self._stop.wait(0.01):
+            now = time.monotonic()
+            self.worst = max(self.worst, now - until)
+            until = now + 0.01
+
+    def __enter__(self) -> Stalls:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
 
 
 class Vllms:
@@ -48,12 +79,16 @@ class Vllms:
         wait_for(lambda: self._ready() == len(self.workers), 15, "all workers, seen by the endpoint")
 
     def _ready(self) -> int:
-        """By the endpoint's view."""
-        peers = self.frontend.peers(*self.cluster.key_args())["peers"]
-        return sum(peer["state"] == "ready" and peer["role"] != "frontend" for peer in peers)
+        return sum(peer["state"] == "ready" for peer in self.peers())
+
+    def peers(self) -> list[dict[str, Any]]:
+        """The workers, as the endpoint sees them."""
+        with urllib.request.urlopen(f"{self.frontend.url}/p2p/peers", timeout=10) as page:
+            return [peer for peer in json.load(page)["peers"] if peer["role"] != "frontend"]
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.frontend.url}/v1", api_key="none", timeout=60, max_retries=0)
+        """As users have it: a 503 is tried again, as its Retry-After says. On a starved machine links come and go."""
+        return openai.OpenAI(base_url=f"{self.frontend.url}/v1", api_key="none", timeout=60)
 
     def named(self, worker: str) -> NodeProcess:
         return next(one for one in self.workers if one.id == worker)
@@ -69,13 +104,32 @@ def words(characters: int, seed: int) -> str:
     return "".join(random.Random(seed).choices(string.ascii_lowercase, k=characters))
 
 
+@contextmanager
+def running(folder: Path) -> Iterator[Cluster]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        with Cluster(folder, make_key(folder)) as nodes:
+            yield nodes
+            for node in nodes.nodes:  # shown if a test has failed
+                print(f"--- {' '.join(node.process.args[-12:])}\n{node.stderr[-20000:]}")  # type: ignore[index]
+
+
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    folder = tmp_path_factory.mktemp("cluster")
-    with Cluster(folder, make_key(folder)) as nodes:
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with running(tmp_path) as nodes:
         yield nodes
+
+
+@pytest.fixture(scope="module")
+def apart(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllms]:
+    """One prefill and one decode worker."""
+    with running(tmp_path_factory.mktemp("apart")) as nodes:
+        vllms = Vllms(nodes, tiny)
+        vllms.start("p", "--no-http", "--role", "prefill")
+        vllms.start("d", "--no-http", "--role", "decode")
+        vllms.ready()
+        yield vllms
 
 
 def chat(client: openai.OpenAI, messages: list[dict[str, str]], **more: Any) -> tuple[str, str, Any]:
@@ -93,12 +147,13 @@ def chat(client: openai.OpenAI, messages: list[dict[str, str]], **more: Any) -> 
 def test_conversations_stay_where_their_prefix_is(cluster: Cluster, tiny: Path) -> None:
     """Two workers. vLLM's own counters confirm the hits, and its loading never held up the peer's loop."""
     vllms = Vllms(cluster, tiny)
-    watched = vllms.start("w1", "--http", "127.0.0.1:0")
-    vllms.start("w2", "--no-http")
-    vllms.ready()
-    with urllib.request.urlopen(f"{watched.url}/metrics", timeout=10) as page:
-        (lag,) = re.findall(r"^p2pdyn_loop_lag_seconds (\S+)", page.read().decode(), re.MULTILINE)
-    assert float(lag) < LAG_S
+    with Stalls() as stalls:
+        watched = vllms.start("w1", "--http", "127.0.0.1:0")
+        vllms.start("w2", "--no-http")
+        vllms.ready()
+        with urllib.request.urlopen(f"{watched.url}/metrics", timeout=10) as page:
+            (lag,) = re.findall(r"^p2pdyn_loop_lag_seconds (\S+)", page.read().decode(), re.MULTILINE)
+    assert float(lag) < LAG_S + stalls.worst
 
     with vllms.client() as client:
         conversations = []
@@ -110,8 +165,10 @@ def test_conversations_stay_where_their_prefix_is(cluster: Cluster, tiny: Path) 
             conversations.append((worker, messages))
         wait_for(lambda: known_blocks(vllms) >= 4 * (LONG // 32), 15, "what the workers hold, known to the endpoint")
         for worker, messages in conversations:
+            wait_for(lambda w=worker, m=messages: choice(vllms, w, m), 15, "a choice between both, the holder known")
+            told = explained(vllms, messages)
             second, _, usage = chat(client, messages)
-            assert second == worker, f"the second turn goes to the worker that holds the first: {peers_of(vllms)}"
+            assert second == worker, f"the second turn goes to the worker that holds the first: {told}"
             assert usage.prompt_tokens_details.cached_tokens >= LONG - 32
         used = {worker for worker, _ in conversations}
         for worker in used:
@@ -130,28 +187,31 @@ def test_conversations_stay_where_their_prefix_is(cluster: Cluster, tiny: Path) 
         assert sum(bool(chunk.choices) for chunk in stream) >= 2
 
 
-def peers_of(vllms: Vllms) -> list[dict[str, Any]]:
-    """The workers, as the endpoint sees them."""
-    peers = vllms.frontend.peers(*vllms.cluster.key_args())["peers"]
-    return [peer for peer in peers if peer["role"] != "frontend"]
+def explained(vllms: Vllms, messages: list[dict[str, str]]) -> dict[str, Any]:
+    """Where this would go now, and why."""
+    body = json.dumps({"model": "tiny", "messages": messages}).encode()
+    asked = urllib.request.Request(f"{vllms.frontend.url}/p2p/explain", body, {"content-type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=10) as page:
+        told: dict[str, Any] = json.load(page)
+    return told
+
+
+def choice(vllms: Vllms, holder: str, messages: list[dict[str, str]]) -> bool:
+    """Both workers can be chosen, and what ``holder`` holds is known: on a starved machine links come and go."""
+    matched = {row["id"]: row["matched"] for row in explained(vllms, messages)["candidates"] if row["state"] == "ready"}
+    return len(matched) == 2 and matched.get(holder, 0) >= LONG // 32
 
 
 def known_blocks(vllms: Vllms) -> int:
     """Told by vLLM's own publishers, on streams that lack nothing."""
-    streams = [peer["kv"] for peer in peers_of(vllms)]
+    streams = [peer["kv"] for peer in vllms.peers()]
     return sum(kv["blocks"] for kv in streams) if all(kv["stream"] == "EXACT" for kv in streams) else 0
 
 
-def test_long_prompts_are_computed_by_the_prefill_worker(cluster: Cluster, tiny: Path) -> None:
-    """One prefill and one decode worker: the decode worker's vLLM gets the blocks from the other one's, and answers
-    what it answers alone."""
-    vllms = Vllms(cluster, tiny)
-    prefill, decode = (
-        vllms.start("p", "--no-http", "--role", "prefill"),
-        vllms.start("d", "--no-http", "--role", "decode"),
-    )
-    vllms.ready()
-    with vllms.client() as client:
+def test_long_prompts_are_computed_by_the_prefill_worker(apart: Vllms) -> None:
+    """The decode worker's vLLM gets the blocks from the other one's, and answers what it answers alone."""
+    prefill, decode = apart.workers
+    with apart.client() as client:
         for seed in range(3):
             asked: dict[str, Any] = {"model": "tiny", "prompt": words(1500, seed), "max_tokens": 24, "temperature": 0}
             pulled = client.completions.create(**asked, extra_body={"ignore_eos": True})
@@ -161,22 +221,28 @@ def test_long_prompts_are_computed_by_the_prefill_worker(cluster: Cluster, tiny:
             assert pulled.usage.completion_tokens == 24
     # The first one at least: once its own speed is known, the decode worker may be the faster of the two.
     wait_for(lambda: counted(decode)[3] >= 1500, NEWS_S, lambda: f"blocks brought to {decode.id}: {counted(decode)}")
-    peers = vllms.frontend.peers(*cluster.key_args())["peers"]
-    roles = {peer["id"]: peer["role"] for peer in peers}
+    roles = {peer["id"]: peer["role"] for peer in apart.peers()}
     assert (roles[prefill.id], roles[decode.id]) == ("prefill", "decode")
-    wait_for(lambda: all(used == 0 for used in kv_used(vllms)), 20, "blocks given back on both sides")
-    for seed, tokens in enumerate((0, 0, 1, 4), 50):  # before the first token, wherever the request is by then; after
-        with vllms.client() as client:
+    wait_for(lambda: not any(kv_used(apart)), 20, "blocks given back on both sides")
+
+
+def test_a_client_that_leaves_holds_no_blocks(apart: Vllms) -> None:
+    """Before the first token, wherever the request is by then, and after it."""
+    for seed, tokens in enumerate((0, 0, 1, 4), 50):
+        with apart.client() as client:
             stream = client.completions.create(
                 model="tiny", prompt=words(3000, seed), max_tokens=400, stream=True, extra_body={"ignore_eos": True}
             )
             for _ in range(tokens):
                 next(stream)
             if not tokens:
-                wait_for(lambda: any(kv_used(vllms)), 10, "the prompt is being computed", every=0.01)
+                wait_for(lambda: any(used > 0 for used in kv_used(apart)), 10, "the prompt is being computed")
             stream.close()
-        wait_for(lambda: not any(kv_used(vllms)), 5, lambda: f"blocks in use of a client that left: {kv_used(vllms)}")
+        wait_for(lambda: not any(kv_used(apart)), FREED_S, lambda: f"a client that left has blocks: {kv_used(apart)}")
+    assert [worker.process.poll() for worker in apart.workers] == [None, None], "no worker has ended by that"
 
 
 def kv_used(vllms: Vllms) -> list[int]:
-    return [peer["load"]["kv_used"] for peer in peers_of(vllms)]
+    """Of each worker; -1 where the endpoint does not know it at the moment."""
+    used = [peer["load"]["kv_used"] for peer in vllms.peers()]
+    return [-1 if one is None else one for one in used]
