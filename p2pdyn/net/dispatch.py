@@ -12,14 +12,13 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 from p2pdyn.constants import LINK_IDLE_S, MODEL_KNOWN_S
 from p2pdyn.core import router_tell
 from p2pdyn.core.catalog import Catalog
 from p2pdyn.core.flight import Flights
-from p2pdyn.core.flight_parts import Abandon, Action, Dispatch, Transfer
+from p2pdyn.core.flight_parts import Abandon, Action
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.request import Failure, Job, Logprobs, Rejected, Sink
 from p2pdyn.core.router import Decision, Router
@@ -29,12 +28,13 @@ from p2pdyn.http.backend import Metric, ModelStatus
 from p2pdyn.http.metrics import Histogram
 from p2pdyn.net.cards import Cards
 from p2pdyn.net.dispatch_metrics import DECISION_S, frontend_metrics, kv_report, sum_loads
+from p2pdyn.net.generate import generate
 from p2pdyn.net.kv_feed import KvFeed
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.net.worker_link import WorkerLink
 from p2pdyn.text.card import ModelCard
-from p2pdyn.wire.codec import WireError, decode_logprobs, encode, encode_params
-from p2pdyn.wire.requests import Cancel, Generate, Heartbeat, Hello, Move, Prefilled, Refused, Tokens
+from p2pdyn.wire.codec import WireError, decode_logprobs, encode
+from p2pdyn.wire.requests import Cancel, Heartbeat, Hello, Move, Prefilled, Refused, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -432,7 +432,7 @@ class Dispatcher:
                 self._send()
                 link.send(encode(Cancel(((action.rid, action.attempt),))))
             else:
-                self._outbox.append((link, self._generate(link.epoch, action)))
+                self._outbox.append((link, generate(action, link.epoch, self._epoch_of)))
         if self._outbox and not self._sending:
             self._sending = True
             self._loop.call_soon(self._send)
@@ -451,35 +451,9 @@ class Dispatcher:
         if self._links.get(link.worker) is link:
             self._link_down(link, "a request could not be sent to it")
 
-    def _generate(self, epoch: int, action: Dispatch) -> bytes:
-        job = action.job
-        message = Generate(
-            action.rid,
-            action.attempt,
-            epoch,
-            job.model,
-            len(job.tokens),
-            action.tokens.tobytes(),
-            encode_params(job.params),
-            job.whole,
-            job.traceparent,
-            action.rank,
-            action.uncached,
-        )
-        if action.hand_over or action.transfer is not None:
-            message = self._with_transfer(message, action.hand_over, action.transfer)
-        return encode(message)
-
-    def _with_transfer(self, message: Generate, hand_over: bool, transfer: Transfer | None) -> Generate:
-        message = replace(message, hand_over=hand_over)
-        if transfer is None:
-            return message
-        source, epoch, lease, blocks, remote = transfer
-        if not epoch and (peer := self._peers.get(source)) is not None:
-            epoch = peer[0]
-        if not epoch:
-            return message
-        return replace(message, source=source, source_epoch=epoch, lease=lease, pull=blocks, remote=remote)
+    def _epoch_of(self, node: NodeId) -> int:
+        peer = self._peers.get(node)
+        return 0 if peer is None else peer[0]
 
     def _unknown(self, model: str) -> str:
         names = ", ".join(sorted(self.catalog.models)) or "none yet"
@@ -491,8 +465,9 @@ class Dispatcher:
         now = self._loop.time()
         self._timer = self._loop.call_later(TICK_S, self._tick)
         absent, self._ticked = self._absence(now), now
-        for link in list(self._links.values()):
-            link.tick(now, self.flights.open_at(link.worker) > 0, absent)
+        links = list(self._links.values())
+        for link in links:
+            link.tick(now, self.flights.open_at(link.worker) > 0, absent, link.patience_s(links, now))
         self._listen(now)
         self._carry_out(self.flights.tick(now))
         self.feed.tick(now)

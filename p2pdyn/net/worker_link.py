@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from p2pdyn.constants import EVENT_MAX, HELLO_S, REQUEST_MAX, STREAM_SILENCE_S
+from p2pdyn.constants import EVENT_MAX, HELLO_S, REQUEST_MAX, STREAM_HEARTBEAT_S, STREAM_SILENCE_S
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.net.link import Link
 from p2pdyn.net.sockets import Sockets
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 IDLE_SILENCE_S = 3.5
 """Without open streams a worker only answers Hellos: three missed ones."""
+
+DOUBT_S = 1.5
+"""Silence of a worker with streams while no other one is heard either: it may be this host, and who would take them?"""
 
 FETCH_S = 5.0
 """For one chunk of a bulk transfer."""
@@ -123,6 +126,11 @@ class WorkerLink:
         """Something has been heard of it lately: an idle worker tells its load as often as a busy one its heartbeat."""
         return self._answered >= self._needed and now - max(self.heard, self._told) <= STREAM_SILENCE_S
 
+    def patience_s(self, others: Iterable[WorkerLink], now: float) -> float:
+        """How long the worker may be silent while it has streams."""
+        heard = (max(one.heard, one._told) for one in others if one is not self and one.up)
+        return STREAM_SILENCE_S if any(now - last <= 2 * STREAM_HEARTBEAT_S for last in heard) else DOUBT_S
+
     def doubt(self) -> None:
         """This process stood still: what is read now may have been sent long ago, on a connection that the worker has
         given up since. Trust the link when the worker has answered once more."""
@@ -130,9 +138,10 @@ class WorkerLink:
         self._greet()
         self._needed = before + 1
 
-    def tick(self, now: float, busy: bool, absent: float = 0.0) -> None:
-        """Each 0.25 s: greet, and notice silence. ``busy``: requests of ours are open there. ``absent``: seconds for
-        which this process stood still and heard nobody, which says nothing of the worker."""
+    def tick(self, now: float, busy: bool, absent: float = 0.0, patience_s: float = STREAM_SILENCE_S) -> None:
+        """Each 0.25 s: greet, and notice silence. ``busy``: requests of ours are open there, and it may be silent for
+        ``patience_s``. ``absent``: seconds for which this process stood still and heard nobody, which says nothing of
+        the worker."""
         self.heard += absent
         self._told += absent
         if now - self._greeted >= HELLO_S:
@@ -140,7 +149,7 @@ class WorkerLink:
         if not busy:
             self._idle_at = now
         # An idle worker answers each second only: its silence before the first request says nothing.
-        limit, since = (STREAM_SILENCE_S, self._idle_at) if busy and self.up else (IDLE_SILENCE_S, self.opened)
+        limit, since = (patience_s, self._idle_at) if busy and self.up else (IDLE_SILENCE_S, self.opened)
         if now - max(self.heard, since) > limit:
             self._down(f"nothing heard for {limit:g} s")
 
