@@ -87,8 +87,7 @@ class Vllms:
             return [peer for peer in json.load(page)["peers"] if peer["role"] != "frontend"]
 
     def client(self) -> openai.OpenAI:
-        """As users have it: a 503 is tried again, as its Retry-After says. On a starved machine links come and go."""
-        return openai.OpenAI(base_url=f"{self.frontend.url}/v1", api_key="none", timeout=60)
+        return openai.OpenAI(base_url=f"{self.frontend.url}/v1", api_key="none", timeout=60, max_retries=0)
 
     def named(self, worker: str) -> NodeProcess:
         return next(one for one in self.workers if one.id == worker)
