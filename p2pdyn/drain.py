@@ -175,7 +175,7 @@ class Drainer:
         if peer.state == "left":
             return _gone(peer)
         if not self._own(peer):
-            return await self._forward(peer, "drain", {"node": peer.id, "force": force})
+            return await self._forward(peer, "drain", {**args, "node": peer.id})
         if not self._core.begun and not self.asked.is_set():
             self._check(peer, force)
             self.asked.set()
@@ -223,8 +223,10 @@ class Drainer:
         return self._report()
 
     async def _forward(self, peer: Peer, op: str, args: dict[str, Any]) -> dict[str, Any]:
+        if args.get("direct"):  # asked by a peer that took this one for it
+            raise AdminError(f"another node answers at the address of {_called(peer)}: ask again in a moment")
         try:
-            return await admin_call(self._sockets, peer.address, op, args, FORWARD_S)
+            return await admin_call(self._sockets, peer.address, op, {**args, "direct": True}, FORWARD_S)
         except (ConnectionError, TimeoutError) as error:
             why = str(error) or "no answer"
             raise AdminError(f"{_called(peer)} at {peer.address} cannot be reached: {why}") from None
