@@ -86,7 +86,8 @@ def test_a_frozen_or_half_deaf_worker_costs_no_request_and_no_long_silence(clust
         faults.run(Fault(0, kind, "w0", 3.0))
         time.sleep(1.0)
     assert failed(users.attempts) == []
-    assert sum(made.migrations for made in users.attempts) > 0
+    if kind != "deaf":  # a deaf one still sends: short answers come to their end before anybody notices
+        assert sum(made.migrations for made in users.attempts) > 0
     assert longest_silence(users) < SILENCE_S
 
 
