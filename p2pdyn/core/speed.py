@@ -2,7 +2,8 @@
 
 Prefill: an engine computes prompts one after the other, in chunks and mixed with decodes, so the prompts that got their
 first token now were computed since the later of their own submit and the first token before it.  The speed is tokens
-over time, both summed with exponential forgetting, so that long prompts count as they should.
+over time, both summed with exponential forgetting, so that long prompts count as they should.  It is published once a
+few prompts agree on it: one slow first prompt would keep all others away, and nothing would ever correct it.
 
 Decode: the time from one step to the next, in steps without prefill, against the KV blocks in use; a line is fitted by
 least squares with exponential forgetting.  Its slope is what another block of context costs every step.  A router
@@ -21,6 +22,11 @@ KEEP = 0.9
 """Weight of the past at each finished prefill: about the last ten."""
 KEEP_STEP = 0.995
 """At each sampled step: about the last two hundred."""
+MIN_PREFILLS = 2.5
+"""Of that weight, that is three, before a speed is published."""
+MAX_ERROR = 0.3
+"""Standard error of a published speed, as a share of it. Where prompts differ more than that, because the machine is
+starved or they are computed in no time, two equal workers would seem to be unlike."""
 MIN_STEPS = 50
 SURE = 3.0
 """Standard errors by which the slope is published lower than fitted. They are small where it matters: on a GPU whose
@@ -46,7 +52,8 @@ class SpeedMeter:
     def __init__(self) -> None:
         self._prefilling: dict[int, tuple[int, int, float]] = {}
         self._last_first = 0.0
-        self._tokens = self._seconds = 0.0
+        self._prefills = self._tokens = self._seconds = 0.0
+        self._tt = self._ts = self._ss = 0.0
         self._sampled = self._stepped = 0.0
         self._pure = False
         self._n = self._x = self._y = self._xx = self._xy = self._yy = 0.0
@@ -67,8 +74,13 @@ class SpeedMeter:
                 since = min(since, begun[2])
         since, self._last_first = max(since, self._last_first), now
         if tokens >= MIN_TOKENS and now > since:
+            took = now - since
+            self._prefills = KEEP * self._prefills + 1.0
             self._tokens = KEEP * self._tokens + tokens
-            self._seconds = KEEP * self._seconds + now - since
+            self._seconds = KEEP * self._seconds + took
+            self._tt = KEEP**2 * self._tt + tokens * tokens
+            self._ts = KEEP**2 * self._ts + tokens * took
+            self._ss = KEEP**2 * self._ss + took * took
 
     def gone(self, key: int) -> None:
         """Aborted, or ended without a token."""
@@ -110,13 +122,18 @@ class SpeedMeter:
 
     @property
     def prefill_tps(self) -> float:
-        """Tokens a second; 0 until something has been measured."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+        """Tokens a second; 0 while nothing is sure. The error is that of a ratio of weighted sums (Cochran 1977,
+        section 6), so squares have squared weights."""
+        if self._prefills < MIN_PREFILLS:
+            return 0.0
+        each = self._seconds / self._tokens
+        rest = max(0.0, self._ss - 2 * each * self._ts + each * each * self._tt)
+        return 1.0 / each if sqrt(rest) <= MAX_ERROR * self._seconds else 0.0
 
     @property
     def patience_s(self) -> float:
         """Seconds without a step after which an engine that has work stands still."""
-        return STALL_S + 3 * self.backlog / self.prefill_tps if self._seconds else COLD_STALL_S
+        return STALL_S + 3 * self.backlog * self._seconds / self._tokens if self._tokens else COLD_STALL_S
 
     def itl_ms(self, blocks: int) -> float:
         """Milliseconds from token to token with ``blocks`` in use; 0 until something has been measured."""

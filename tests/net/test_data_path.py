@@ -335,7 +335,7 @@ def test_a_frontend_that_stood_still_trusts_a_link_once_its_worker_answers(run: 
         dispatcher = bench.dispatcher
         _, sink = bench.submit(max_tokens=100)
         await until(lambda: sink.tokens, "the first token")
-        time.sleep(1.6)  # longer than STREAM_SILENCE_S: the whole process, loop and all
+        time.sleep(1.6)  # noqa: ASYNC251 - longer than STREAM_SILENCE_S: the whole process stands still, loop and all
         _, late = bench.submit(max_tokens=1)
         outcome = await sink.outcome
         assert (outcome.migrations, dispatcher.links_lost) == (0, 0)
