@@ -30,6 +30,8 @@ MIN_QUEUED = 128
 """... but so many may, however slow the workers are: half of them for one client."""
 MEASURED_S = 1.0
 """Nothing is known of the rate before."""
+FEW = 2
+"""Admissions that say nothing of a rate."""
 DRAIN_S = 10.0
 """Memory of the rate at which a queue is served."""
 SUPPLY = 32
@@ -69,16 +71,16 @@ def saturation(target: Target, queue_s: float, limits: Limits) -> str:
     return ""
 
 
-def supplied(target: Target, queue_s: float) -> bool:
+def supplied(target: Target, queue_s: float, late_s: float) -> bool:
     """Whether ``target`` has enough to begin with until it hears of more; whoever is sent there now waits behind that.
 
-    An engine whose batch is full (requests wait in it) needs only what takes the places that soon become free: a
-    fourth of its batch. ``queue_s`` is its queued prefill, in seconds."""
+    An engine whose batch is full (requests wait in it, and a first token is overdue) needs only what takes the places
+    that soon become free: a fourth of its batch. ``queue_s`` is its queued prefill, in seconds."""
     unstarted = target.unstarted
     if unstarted < MIN_SUPPLY:
         return unstarted > 1 and queue_s > SUPPLY_S
     load = target.load
-    enough = max(MIN_SUPPLY, load.active_requests // 4) if load.queued else SUPPLY
+    enough = max(MIN_SUPPLY, load.active_requests // 4) if load.queued and late_s else SUPPLY
     return unstarted >= enough or queue_s > SUPPLY_S
 
 
@@ -243,6 +245,8 @@ class Admission:
         """Whole seconds until the queue as it is, or ``ahead`` requests of it, will have been served, at the rate
         measured, but not before ``clear_s``."""
         queue_s = (len(self) if ahead is None else ahead) * self._each_s(now)
+        if self._served < FEW:  # not known yet: as long again as it has taken so far
+            queue_s = min(queue_s, self._each_s(now) * max(1.0, self._served))
         return min(MAX_RETRY_S, max(1, ceil(max(clear_s, queue_s))))
 
     def next_deadline(self) -> float | None:

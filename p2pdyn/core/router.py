@@ -164,7 +164,7 @@ class Router:
             return False
         for target in targets:
             queue_s = target.queue_s(now)
-            if not supplied(target, queue_s) and not saturation(target, queue_s, limits):
+            if not supplied(target, queue_s, target.late_s(now)) and not saturation(target, queue_s, limits):
                 return False
         return True
 
@@ -180,7 +180,7 @@ class Router:
 
     def _decide(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
         self._assume(targets)
-        queues = [target.queue_s(now) if target.waits else 0.0 for target in targets]
+        queues = [target.queue_s(now) + target.late_s(now) if target.waits else 0.0 for target in targets]
         allowed = self._allowed(ask, targets, queues)
         if not allowed:
             return None

@@ -29,6 +29,9 @@ RECENT_S = 60.0
 STALE_S = 1.0
 """Four reports missed: the drain is no longer believed, all that we have outstanding there is."""
 
+LATE_S = 0.25
+"""Some steps, and the way there and back: so much later than thought a first token says nothing."""
+
 DEFAULT_TPS = 5000.0
 """Prefill tokens a second where nobody has measured any yet: what it is hardly matters, that it is one for all does."""
 
@@ -45,9 +48,9 @@ class Target:
     never goes back."""
 
     __slots__ = (
-        "_as_of", "_assumed_tps", "_open", "_recent", "_reported", "_tokens", "_worked", "approximate",
+        "_as_of", "_assumed_tps", "_due", "_open", "_recent", "_reported", "_tokens", "_worked", "approximate",
         "block_pull_s", "decode_blocks", "itl_per_block_s", "load", "moves_kv", "my_blocks", "my_pending", "others",
-        "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "tps", "unstarted", "waits",
+        "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "tps", "waits",
         "work", "worker",
     )  # fmt: skip
 
@@ -83,8 +86,6 @@ class Target:
         """Prompt tokens that we sent it, those of long ago for little: see :meth:`recent_s`."""
         self.my_pending = 0
         """Uncached prompt tokens of our requests there that have no first token yet."""
-        self.unstarted = 0
-        """Our requests there that have no first token yet."""
         self.my_blocks = 0
         """Blocks of our open requests there."""
         self.promised = 0
@@ -93,6 +94,8 @@ class Target:
         self.others = 0
         self.others_blocks = 0
         self._open: dict[Hashable, _Open] = {}
+        self._due: dict[Hashable, float] = {}
+        """Of our requests there that have no first token yet, oldest first: when it was thought to come."""
         self._recent: deque[tuple[float, Hashable]] = deque()
         self._worked = 0.0
         self._tokens = 0.0
@@ -138,7 +141,8 @@ class Target:
         self._as_of = now
         self._open[key] = _Open(uncached, blocks)
         self.my_pending += uncached
-        self.unstarted += uncached > 0
+        if uncached:
+            self._due[key] = now + self._tokens / self.tps
         self.my_blocks += blocks
         self.waits = True
         self._count()
@@ -168,7 +172,7 @@ class Target:
         one = self._open.get(key)
         if one is not None:
             self.my_pending -= one.uncached
-            self.unstarted -= one.uncached > 0
+            self._due.pop(key, None)
             one.uncached = 0
 
     def finished(self, key: Hashable, now: float) -> None:
@@ -178,7 +182,7 @@ class Target:
         if one is None:
             return
         self.my_pending -= one.uncached
-        self.unstarted -= one.uncached > 0
+        self._due.pop(key, None)
         self.my_blocks -= one.blocks
         self._count()
         if one.uncached:
@@ -201,6 +205,18 @@ class Target:
         if self._reported is None or now - self._reported > STALE_S:
             return max(left, float(self.my_pending))
         return left
+
+    @property
+    def unstarted(self) -> int:
+        """Our requests there that have no first token yet."""
+        return len(self._due)
+
+    def late_s(self, now: float) -> float:
+        """For how long a first token has been overdue: what holds it up, a batch or a KV cache that is full as a rule,
+        holds up whatever is sent now. No report tells how long that takes, so the wait itself is the measure."""
+        for due in self._due.values():
+            return max(0.0, now - due - LATE_S)
+        return 0.0
 
     def queue_s(self, now: float) -> float:
         """Seconds until a prompt sent now is begun with."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2pdyn.core.router_target import IN_FLIGHT_S, STALE_S, Target
+from p2pdyn.core.router_target import IN_FLIGHT_S, LATE_S, STALE_S, Target
 from p2pdyn.core.types import Load, NodeId
 
 
@@ -49,6 +49,20 @@ def test_what_a_report_shows_beyond_ours_is_the_others() -> None:
     assert (one.requests, one.decode_blocks) == (4, 25)
     one.finished("r", 0.3)
     assert (one.requests, one.decode_blocks) == (3, 20)
+
+
+def test_a_first_token_that_is_overdue_holds_up_the_next_too() -> None:
+    """A full batch, which no report tells: the wait itself is the measure."""
+    one = target(tps=1000.0)
+    one.sent("a", 500, 5, 0.0)
+    one.sent("b", 500, 5, 0.0)
+    assert one.unstarted == 2
+    assert one.late_s(0.5 + LATE_S) == 0.0
+    assert one.late_s(4.0) == pytest.approx(3.5 - LATE_S)
+    one.first_token("a")
+    assert one.late_s(4.0) == pytest.approx(3.0 - LATE_S)
+    one.finished("b", 4.0)
+    assert (one.late_s(4.0), one.unstarted) == (0.0, 0)
 
 
 def test_without_reports_all_that_has_no_first_token_counts() -> None:
