@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from p2pdyn.engines.vllm.worker import Releases
+from p2pdyn.engines.vllm.worker import Extension
 
 FOLDER = "P2PDYN_TEST_PROBES"
 """The environment variable with the folder."""
@@ -20,7 +20,7 @@ TABLES = ("_recving_transfers", "_recving_metadata", "_reqs_to_send", "_reqs_to_
 """vLLM's own: handles of reads, requests that read, hand-overs with a lease, hand-overs being computed."""
 
 
-class Probe(Releases):
+class Probe(Extension):
     """What the product adds, in a module that is watched."""
 
 

@@ -123,6 +123,20 @@ def test_sampling_is_seeded_and_penalties_bite(lab: Lab, vllm: Vllm) -> None:
     assert len(set(varied.tokens)) > len(set(greedy.tokens))
 
 
+def test_a_seed_does_not_depend_on_the_parts_a_prompt_is_computed_in(lab: Lab, vllm: Vllm) -> None:
+    """Longer than the 2048 tokens of a step: vLLM samples after each part, which its generators on CPU cannot undo."""
+
+    def long(**params: Any) -> Sequence:
+        return ask("Long. " + PROMPT * 28, max_tokens=16, temperature=1.5, seed=4, **params)
+
+    (parts,) = tokens(lab, vllm, long())
+    (whole,) = tokens(lab, vllm, long())
+    (beside, _) = tokens(lab, vllm, long(cache_salt="other"), ask(PROMPT, max_tokens=64, temperature=1.5, seed=5))
+    assert (parts.finish, parts.cached, beside.cached) == ("length", 0, 0)
+    assert whole.cached > len(PROMPT) * 27
+    assert parts.tokens == whole.tokens == beside.tokens
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"ok": {"enum": ["yes", "no"]}},

@@ -114,7 +114,7 @@ def _defaults(options: EngineOptions, cpu: bool) -> list[str]:
             transfer["kv_buffer_device"] = "cpu"
         defaults += ["--kv-transfer-config", json.dumps({**transfer, "kv_load_failure_policy": "recompute"})]
     if "--worker-extension-cls" not in given:
-        defaults += ["--worker-extension-cls", "p2pdyn.engines.vllm.worker.Releases"]
+        defaults += ["--worker-extension-cls", "p2pdyn.engines.vllm.worker.Extension"]
     return defaults
 
 

@@ -111,6 +111,8 @@ class Bridge:
         self._background: set[asyncio.Task[Any]] = set()
         try:
             llm = self._build()
+            if llm.vllm_config.device_config.device_type == "cpu":
+                await self._mend_seeds(llm)
             await self._warm(llm)
             self.llm = llm
         except Exception as error:
@@ -124,6 +126,17 @@ class Bridge:
         for _, task in self._jobs.values():
             task.cancel()
         self.llm.shutdown(timeout=CLOSE_S)
+
+    async def _mend_seeds(self, llm: Any) -> None:
+        try:
+            async with asyncio.timeout(WARM_S):
+                await llm.collective_rpc("p2pdyn_seeds")
+        except Exception as error:  # of whatever kind it was in the worker
+            log.warning(
+                "sampled requests with long prompts will end this engine: derive the class that --worker-extension-cls "
+                "names from p2pdyn.engines.vllm.worker.Extension (%s)",
+                one_line(error),
+            )
 
     async def _warm(self, llm: Any) -> None:
         """Run a prompt, twice, and forget it: the first one takes several times as long as all others, and the speeds

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-class Releases:
+
+class Extension:
     """Mixed into vLLM's worker class. Names must not clash with its own."""
+
+    model_runner: Any
+
+    def p2pdyn_seeds(self) -> bool:
+        """On CPU: let the generators of seeded requests sit out steps that compute only a part of their prompts. vLLM
+        samples in these too, and winds the generators back; those on CPU cannot be, and that exception ends the engine.
+        Answers False where the model runner does not work like that."""
+        runner = self.model_runner
+        sample, discard = getattr(runner, "sample_tokens", None), getattr(runner, "discard_request_mask", None)
+        if sample is None or discard is None:
+            return False
+
+        def sample_tokens(*args: Any, **named: Any) -> Any:
+            generators = runner.input_batch.generators  # by row
+            apart = {row: generators.pop(row) for row in list(generators) if discard.np[row]}
+            try:
+                return sample(*args, **named)
+            finally:
+                generators.update(apart)
+
+        runner.sample_tokens = sample_tokens
+        return True
 
     def p2pdyn_release(self, request: str) -> bool:
         """Let a finished prefill's blocks go now instead of at the end of their lease: nobody will read them. Its
