@@ -35,6 +35,9 @@ from p2pdyn.core.types import NodeId
 SESSION_MARGIN_S = 2.0
 """What staying together is worth; more waiting than this is worse than a second copy of the session's prefix."""
 
+ASSUME_S = 1.0
+"""How often speeds are looked at for their age."""
+
 FIRST_OUTPUT = 256.0
 """Expected output tokens before any answer has ended."""
 KEEP_OUTPUT = 0.98
@@ -123,6 +126,7 @@ class Router:
         self._output = FIRST_OUTPUT
         self._at: dict[Hashable, Target] = {}
         self._slots: list[int] = []
+        self._assume_at = 0.0
         self._mask = 0
         """Of the targets asked about last, and the same as a bit set."""
 
@@ -179,7 +183,7 @@ class Router:
         return max(0.0, min((target.queue_s(now) - limit for target in targets), default=0.0))
 
     def _decide(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
-        self._assume(targets)
+        self._assume(targets, now)
         queues = [target.queue_s(now) + target.late_s(now) if target.waits else 0.0 for target in targets]
         allowed = self._allowed(ask, targets, queues)
         if not allowed:
@@ -251,14 +255,15 @@ class Router:
                     credit[position] += more
         return have, matched, credit
 
-    def _assume(self, targets: Sequence[Target]) -> None:
-        """Give those whose speed is not known the median of the others'."""
+    def _assume(self, targets: Sequence[Target], now: float) -> None:
+        """Give those whose speed is not known, or is old news, the median of the others', or part of it."""
         speeds = [target.load.prefill_tps for target in targets]
-        if 0.0 in speeds:
+        if 0.0 in speeds or now >= self._assume_at:
+            self._assume_at = now + ASSUME_S
             known = [speed for speed in speeds if speed]
             assumed = median(known) if known else DEFAULT_TPS
             for target in targets:
-                target.assume(assumed)
+                target.assume(assumed, now)
 
     # What became of it.
 

@@ -26,6 +26,9 @@ IN_FLIGHT_S = 0.01
 RECENT_S = 60.0
 """Memory of the work sent to a target."""
 
+SPEED_MEMORY_S = 60.0
+"""After this long without a prompt timed there, a third is left of how much slower than others it was found."""
+
 STALE_S = 1.0
 """Four reports missed: the drain is no longer believed, all that we have outstanding there is."""
 
@@ -48,7 +51,8 @@ class Target:
     never goes back."""
 
     __slots__ = (
-        "_as_of", "_assumed_tps", "_due", "_open", "_recent", "_reported", "_tokens", "_worked", "approximate",
+        "_as_of", "_assumed_tps", "_due", "_open", "_recent", "_reported", "_timed", "_tokens", "_worked",
+        "approximate",
         "block_pull_s", "decode_blocks", "itl_per_block_s", "load", "moves_kv", "my_blocks", "my_pending", "others",
         "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "tps", "waits",
         "work", "worker",
@@ -99,15 +103,17 @@ class Target:
         self._recent: deque[tuple[float, Hashable]] = deque()
         self._worked = 0.0
         self._tokens = 0.0
-        self._as_of = 0.0
+        self._as_of = self._timed = 0.0
         self._reported: float | None = None
 
     # What happens.
 
     def report(self, load: Load, now: float) -> None:
         """Take over a load report, just received."""
+        if load.prefill_tokens_queued or load.prefill_tps != self.load.prefill_tps:
+            self._timed = now
         self.load = load
-        self.tps = load.prefill_tps or self._assumed_tps
+        self._believe(now)
         self.itl_per_block_s = load.itl_per_block_ms * 1e-3
         self.block_pull_s = load.block_bytes / load.pull_bps if load.pull_bps else 0.0
         tokens, requests = load.prefill_tokens_queued, len(self._open) - self.promised
@@ -128,10 +134,21 @@ class Target:
         self.others_blocks = max(0, load.active_blocks - blocks)
         self._count()
 
-    def assume(self, tps: float) -> None:
-        """Its speed while the worker publishes none: the median of the others'."""
+    def assume(self, tps: float, now: float) -> None:
+        """Its speed while the worker publishes none, and more and more while no prompt is timed there: the median of
+        the others'."""
         self._assumed_tps = tps
-        self.tps = self.load.prefill_tps or tps
+        self._believe(now)
+
+    def _believe(self, now: float) -> None:
+        """A worker that is thought slow gets few prompts, so that what made it seem so must be forgotten in time."""
+        measured, assumed = self.load.prefill_tps, self._assumed_tps
+        if not measured:
+            self.tps = assumed
+        elif measured >= assumed:
+            self.tps = measured
+        else:
+            self.tps = assumed + (measured - assumed) * exp((self._timed - now) / SPEED_MEMORY_S)
 
     def sent(self, key: Hashable, uncached: int, blocks: int, now: float) -> None:
         """This frontend sent it a request: ``uncached`` prompt tokens to compute, ``blocks`` KV blocks to hold."""
@@ -140,6 +157,7 @@ class Target:
         self._tokens = self._left(now) + uncached
         self._as_of = now
         self._open[key] = _Open(uncached, blocks)
+        self._timed = now
         self.my_pending += uncached
         if uncached:
             self._due[key] = now + self._tokens / self.tps

@@ -466,6 +466,8 @@ class HandOverMachine(RuleBasedStateMachine):
         self.leases: dict[tuple[NodeId, int, int], int] = {}
         """(prefill worker, rid, attempt) -> lease"""
         self.lease = 0
+        self.spent: set[int] = set()
+        """Committed by a decode worker of whose tokens nothing came: nobody can know it, and the owner refuses them."""
         self.answers: list[tuple[NodeId, Prefilled]] = []
         self.take(self.flights.routable(serving(*self.up), 0.0))
 
@@ -483,7 +485,7 @@ class HandOverMachine(RuleBasedStateMachine):
             assert sink is None or sent == sink.tokens
             if action.transfer is not None:
                 assert action.transfer.source in self.up
-                assert action.transfer.lease in self.leases.values()
+                assert action.transfer.lease in {*self.leases.values(), *self.spent}
             self.held[action.worker][key] = action
             self.position[key] = len(sent)
 
@@ -524,7 +526,8 @@ class HandOverMachine(RuleBasedStateMachine):
             position = self.position[key]
             if dispatch.transfer is not None and position == len(dispatch.tokens) - len(dispatch.job.tokens):
                 for lent in [lent for lent, lease in self.leases.items() if lease == dispatch.transfer.lease]:
-                    del self.leases[lent]  # committed
+                    self.spent.update([self.leases.pop(lent)] if lost else [])
+                    self.leases.pop(lent, None)  # committed
             self.position[key] = position + count
             if finish:
                 del self.held[worker][key]

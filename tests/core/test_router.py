@@ -122,6 +122,20 @@ def test_noise_in_the_speeds_of_two_equal_workers_moves_no_conversation(seed: in
     assert number(fleet.ask()) == 0
 
 
+def test_a_worker_that_was_found_slow_is_tried_again() -> None:
+    """Nothing sent to it, nothing would ever correct it."""
+    fleet = Fleet(2)
+    fleet.report(0, prefill_tps=100_000.0)
+    fleet.report(1, prefill_tps=1_000.0)
+    assert {number(fleet.ask()) for _ in range(20)} == {0}
+    slow = fleet.targets[1]
+    fleet.ask(now=600.0)
+    assert slow.tps == pytest.approx(50_500, rel=0.01), "as fast as the median: nobody has timed it for ten minutes"
+    slow.sent("again", 1000, 10, 600.0)
+    slow.report(replace(LOAD, prefill_tps=1_001.0), 600.1)
+    assert slow.tps == pytest.approx(1_001)
+
+
 def test_siblings_of_one_burst_do_not_make_a_prefix_shared() -> None:
     fleet = Fleet(2)
     fleet.holds(0, 50)
