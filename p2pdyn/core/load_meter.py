@@ -42,13 +42,17 @@ class LoadMeter:
         """A prompt that is to be handed over."""
         self._speed.first_tokens(((key, cached),), now)
 
-    def stepped(self, started: Iterable[tuple[int, int]], outputs: int, blocks: int, now: float) -> None:
+    def stepped(self, started: Iterable[tuple[int, int]], outputs: int, blocks: int, now: float, freed: int) -> None:
         """An engine step: (key, cached tokens) of those that got their first token, how many sequences took part, KV
-        blocks in use now."""
+        blocks in use now; places in its batch that ``freed`` sequences left to others who waited, -1 if nobody did."""
         if started:
             self._speed.first_tokens(started, now)
             for key, _ in started:
                 self._pulls.first_token(key, now)
+        if freed >= 0:
+            self._speed.freed(freed, now)
+        else:
+            self._speed.unhindered()
         took = self._speed.step(outputs, now)
         if took:
             self._speed.sample(took, self._blocks)

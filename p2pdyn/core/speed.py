@@ -1,7 +1,8 @@
 """How fast a worker is, measured from what its engine does: what routers need to compare unlike machines.
 
 Prefill: an engine computes prompts one after the other, in chunks and mixed with decodes, so the prompts that got their
-first token now were computed since the later of their own submit and the first token before it.  The speed is tokens
+first token now were computed since the later of their own submit and the first token before it; one that waited for a
+place in a full batch, since it got the place.  The speed is tokens
 over time, both summed with exponential forgetting, so that long prompts count as they should.  It is published once a
 few prompts agree on it: one slow first prompt would keep all others away, and nothing would ever correct it.
 
@@ -13,6 +14,7 @@ the noise of a busy machine must not look like a difference between two workers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from math import exp, sqrt
 
@@ -27,6 +29,7 @@ MIN_PREFILLS = 2.5
 MAX_ERROR = 0.3
 """Standard error of a published speed, as a share of it. Where prompts differ more than that, because the machine is
 starved or they are computed in no time, two equal workers would seem to be unlike."""
+MAX_FREED = 4096
 MIN_STEPS = 50
 SURE = 3.0
 """Standard errors by which the slope is published lower than fitted. They are small where it matters: on a GPU whose
@@ -52,6 +55,8 @@ class SpeedMeter:
     def __init__(self) -> None:
         self._prefilling: dict[int, tuple[int, int, float]] = {}
         self._last_first = 0.0
+        self._freed: deque[float] = deque(maxlen=MAX_FREED)
+        """When places in the batch became free that somebody waited for; taken in the same order."""
         self._prefills = self._tokens = self._seconds = 0.0
         self._tt = self._ts = self._ss = 0.0
         self._sampled = self._stepped = 0.0
@@ -71,7 +76,12 @@ class SpeedMeter:
             begun = self._prefilling.pop(key, None)
             if begun is not None:
                 tokens += begun[0] - cached
-                since = min(since, begun[2])
+                came = begun[2]
+                while self._freed and self._freed[0] <= came:
+                    self._freed.popleft()
+                if self._freed:
+                    came = self._freed.popleft()
+                since = min(since, came)
         since, self._last_first = max(since, self._last_first), now
         if tokens >= MIN_TOKENS and now > since:
             took = now - since
@@ -82,6 +92,14 @@ class SpeedMeter:
             self._ts = KEEP**2 * self._ts + tokens * took
             self._ss = KEEP**2 * self._ss + took * took
 
+    def freed(self, places: int, now: float) -> None:
+        """So many sequences have ended while others waited for their places in the batch."""
+        self._freed.extend([now] * places)
+
+    def unhindered(self) -> None:
+        """Nobody waits for a place in the batch."""
+        self._freed.clear()
+
     def gone(self, key: int) -> None:
         """Aborted, or ended without a token."""
         self._prefilling.pop(key, None)
@@ -89,6 +107,7 @@ class SpeedMeter:
     def clear(self) -> None:
         """The engine holds nothing any more."""
         self._prefilling.clear()
+        self._freed.clear()
         self._pure = False
 
     def step(self, decoding: int, now: float) -> float:

@@ -218,7 +218,7 @@ class SimEngine:
             kv_used=used,
             kv_total=args.kv_blocks,
             prefill_tokens_queued=self._backlog,
-            prefill_tps=args.prefill_tps * speed,
+            prefill_tps=args.prefill_tps * args.speedup,  # 0: it waits for nothing, so its speed is not known
             itl_ms=args.itl_ms / speed,
         )
 

@@ -82,6 +82,8 @@ class WorkerService:
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
         self._moves_kv = False
+        self._batch = 0
+        """Sequences that the engine runs at a time."""
         self._handed = HandedOver()
         self.kv: KvSource | None = None
         self.transfers: Transfers | None = None
@@ -117,6 +119,7 @@ class WorkerService:
         self._served = Served(self._epoch, models, info.context, max_open)
         self._runner = runner
         self._card = (card_digest, info.card)
+        self._batch = info.max_num_seqs
         self._moves_kv = bool(info.moves_kv)
         if self.kv is not None:
             self.kv.flush()
@@ -369,9 +372,10 @@ class WorkerService:
                 self.transfers.note(note)
         if served is None or not step.outputs:
             return
+        freed = sum([bool(output.finish) for output in step.outputs]) if len(served.running) > self._batch else -1
         served.outputs(step.outputs)
         now = monotonic()
-        self._meter.stepped(served.started, len(step.outputs), self.load.active_blocks, now)
+        self._meter.stepped(served.started, len(step.outputs), self.load.active_blocks, now, freed)
         served.started.clear()
         if now - self._sent >= STEPS_S or not served.generating:
             self._send_due()

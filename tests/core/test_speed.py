@@ -81,6 +81,24 @@ def test_prefill_speed_of_a_queue_computed_one_after_the_other() -> None:
     assert meter.backlog == 0
 
 
+def test_waiting_for_a_place_in_the_batch_is_no_computing() -> None:
+    """A batch that is full of long answers: a place each 50 ms, and a prompt of 100 tokens is computed in 5."""
+    meter, now = SpeedMeter(), 0.0
+    for key in range(40):
+        meter.submitted(key, 100, 0, 0.0)
+    for key in range(30):
+        now += 0.05
+        meter.freed(1, now)
+        meter.first_tokens([(key, 0)], now + 0.005)
+    assert meter.prefill_tps == pytest.approx(20_000)
+    meter.unhindered()
+    for key in range(100, 140):
+        now += 0.05
+        meter.submitted(key, 100, 0, now)
+        meter.first_tokens([(key, 0)], now + 0.005)
+    assert meter.prefill_tps == pytest.approx(20_000)
+
+
 def test_the_backlog_is_what_routers_expect_to_be_computed() -> None:
     meter = SpeedMeter()
     meter.submitted(1, 10_000, 1_000, 0.0)
