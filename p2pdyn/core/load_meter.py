@@ -83,7 +83,8 @@ class LoadMeter:
             load.kv_total,
             # The engine knows what it has computed, the routers what is cached: both are upper bounds.
             min(load.prefill_tokens_queued or speed.backlog, speed.backlog),
-            speed.prefill_tps or load.prefill_tps,
+            # What an engine says of itself is no measure beside others' measured: it is for the time before the first.
+            speed.prefill_tps if speed.timed else load.prefill_tps,
             speed.itl_ms(load.active_blocks) or load.itl_ms,
             speed.itl_per_block_ms or load.itl_per_block_ms,
             block_bytes=block_bytes,

@@ -140,6 +140,11 @@ class SpeedMeter:
         return sum(expected for _, expected, _ in self._prefilling.values())
 
     @property
+    def timed(self) -> bool:
+        """Some prompt has been."""
+        return self._prefills > 0.0
+
+    @property
     def prefill_tps(self) -> float:
         """Tokens a second; 0 while nothing is sure. The error is that of a ratio of weighted sums (Cochran 1977,
         section 6), so squares have squared weights."""
