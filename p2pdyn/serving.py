@@ -24,6 +24,7 @@ TCP_PORT = 3
 SIDE_PORT = 4
 """... and where an engine's own connector exchanges its metadata (vLLM: one port a data-parallel rank from here on)."""
 
+
 def engine_options(config: Config, data: DataDir, epoch: int, host: str) -> EngineOptions:
     """``host``: the address that other peers reach this one by."""
     return EngineOptions(
