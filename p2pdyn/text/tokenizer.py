@@ -25,8 +25,10 @@ from tokenizers.decoders import DecodeStream
 
 LONG_TEXT = 8 * 1024
 """Characters: longer text should be encoded in a thread (8 ms here), and does not go through the pieces."""
-MAX_PIECES = 16_384
-"""Entries of the piece cache: some 4 MB when full; it then starts anew."""
+MAX_PIECES = 8192
+"""Entries of the piece cache: some 3 MB when full; it then starts anew."""
+MAX_ONCE = 4096
+"""Pieces met once, which nobody may meet again."""
 MAX_PIECE = 64
 """Characters: the last word of a prompt carries the template's closing, some 40 characters."""
 MARK = " "
@@ -148,7 +150,7 @@ class Tokenizer:
     def _keep(self, piece: str, ids: bytes) -> None:
         """From its second time on: numbers and names that come once would else push the words out."""
         if piece not in self._once:
-            if len(self._once) >= MAX_PIECES:
+            if len(self._once) >= MAX_ONCE:
                 self._once.clear()
             self._once.add(piece)
             return
