@@ -7,8 +7,8 @@ for each such place, of the seconds in which that happened.  A burst of siblings
 
 from __future__ import annotations
 
-MAX_PLACES = 16384
-"""About 3 MB; the least recently used is forgotten first."""
+MAX_PLACES = 8192
+"""About 2 MB; the least recently used is forgotten first."""
 APART_S = 1.0
 
 
