@@ -30,6 +30,7 @@ MAX_ERROR = 0.3
 """Standard error of a published speed, as a share of it. Where prompts differ more than that, because the machine is
 starved or they are computed in no time, two equal workers would seem to be unlike."""
 MAX_FREED = 4096
+"""Places remembered that became free: more than a batch has."""
 MIN_STEPS = 50
 SURE = 3.0
 """Standard errors by which the slope is published lower than fitted. They are small where it matters: on a GPU whose

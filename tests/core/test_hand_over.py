@@ -526,8 +526,9 @@ class HandOverMachine(RuleBasedStateMachine):
             position = self.position[key]
             if dispatch.transfer is not None and position == len(dispatch.tokens) - len(dispatch.job.tokens):
                 for lent in [lent for lent, lease in self.leases.items() if lease == dispatch.transfer.lease]:
-                    self.spent.update([self.leases.pop(lent)] if lost else [])
-                    self.leases.pop(lent, None)  # committed
+                    committed = self.leases.pop(lent)
+                    if lost:
+                        self.spent.add(committed)
             self.position[key] = position + count
             if finish:
                 del self.held[worker][key]
