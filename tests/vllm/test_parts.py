@@ -14,6 +14,7 @@ import pytest
 from support.engines import sequence
 
 from p2pdyn.engines.base import EngineOptions, EngineUsageError, Held, Output
+from p2pdyn.engines.hosted import budget, one_line
 from p2pdyn.engines.vllm import arguments, handoff, leftovers, sampling, versions
 from p2pdyn.engines.vllm.logtap import STAGES, LogTap
 from p2pdyn.engines.vllm.stats import Stats
@@ -51,10 +52,10 @@ def test_without_vllm_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_budget(prompt: int, output: int, max_tokens: int, room: int, finish: str) -> None:
     asked = sequence(1, [7] * prompt, [8] * output, max_tokens=max_tokens)
-    assert sampling.budget(asked, 100)[:2] == (room, finish)
+    assert budget(asked, 100)[:2] == (room, finish)
     asked.hand_over = True
     if 0 < prompt + output < 100:
-        assert sampling.budget(asked, 100) == (1, "", "")
+        assert budget(asked, 100) == (1, "", "")
 
 
 def test_outputs_carry_the_likeliest_tokens_in_order() -> None:
@@ -182,4 +183,4 @@ def test_shared_memory_that_was_left_is_removed_and_nothing_else(
     ],
 )
 def test_exceptions_become_one_line(text: str, line: str) -> None:
-    assert arguments.one_line(ValueError(text)) == line
+    assert one_line(ValueError(text)) == line

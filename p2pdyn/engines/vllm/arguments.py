@@ -11,10 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import randbelow
-from textwrap import shorten
 from typing import Any, NoReturn
 
 from p2pdyn.engines.base import EngineError, EngineOptions, EngineUsageError
+from p2pdyn.engines.hosted import one_line
 
 LEASE_S = 12
 """How long vLLM's NIXL connector keeps a prefill's blocks without a sign of life from who is to read them."""
@@ -77,16 +77,6 @@ def parse(options: EngineOptions) -> Arguments:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     publishers, sockets = _publish(engine, options)
     return Arguments(engine, publishers, _loras(parsed.lora_modules), _transfer(engine, options, cpu), sockets)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line that says something of an exception: pydantic's and vLLM's go on for pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and "validation error" in lines[0]:  # pydantic: a count, the place, what is wrong, its input
-        lines = [line for line in lines[1:] if "error," in line] or lines[1:]
-    line = lines[0] if lines else type(error).__name__
-    line = line.partition(" [type=")[0].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return shorten(line, 300, placeholder=" ...")
 
 
 def _refuse(message: str) -> NoReturn:

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from p2pdyn.engines.base import Held, Output
+from p2pdyn.engines.hosted import one_line
 from p2pdyn.engines.vllm import handoff
-from p2pdyn.engines.vllm.arguments import LEASE_S, one_line
+from p2pdyn.engines.vllm.arguments import LEASE_S
 from p2pdyn.engines.vllm.sampling import from_vllm, warm_params
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import shutil
@@ -23,8 +22,8 @@ from p2pdyn.engines.base import (
     Step,
     TransferOrder,
 )
-from p2pdyn.engines.vllm import arguments, handoff, leftovers, model, sampling, versions
-from p2pdyn.engines.vllm.arguments import one_line
+from p2pdyn.engines.hosted import budget, card_of, folder_of, joined, log_to_stderr, one_line, weights_of
+from p2pdyn.engines.vllm import arguments, handoff, leftovers, sampling, versions
 from p2pdyn.engines.vllm.bridge import Bridge, Job
 from p2pdyn.engines.vllm.logtap import LogTap
 from p2pdyn.engines.vllm.stats import Stats
@@ -60,22 +59,22 @@ class VllmEngine:
     # ---- loading
 
     def load(self, progress: Progress) -> EngineInfo:
-        _log_to_stderr()
+        log_to_stderr("vllm")
         progress(0.0, "importing vLLM")
         version = versions.installed()
         arguments.environment(self._options)
         if self._options.model and os.path.isdir(self._options.model):
-            model.card_of(model.folder_of(self._options.model, None), 0, ())  # tells what it lacks before a long import
+            card_of(folder_of(self._options.model, None), 0, ())  # tells what it lacks before a long import
         parsed = self._parsed = arguments.parse(self._options)
         progress(0.15, "reading the model's configuration")
         config = _configured(parsed.engine)
         leftovers.remove(self._options.data_dir)
-        folder = model.folder_of(parsed.engine.model, parsed.engine.revision)
+        folder = folder_of(parsed.engine.model, parsed.engine.revision)
         guided = not config.model_config.skip_tokenizer_init
         features = tuple(sorted(sampling.FEATURES + ("guided",) * guided + ("lora",) * bool(parsed.loras)))
         self._start(config, progress)
         self._learn(config)
-        card = model.card_of(folder, self._context, features)
+        card = card_of(folder, self._context, features)
         self._eos = card.eos_token_ids
         progress(1.0, "ready")
         return EngineInfo(
@@ -88,7 +87,7 @@ class VllmEngine:
             config.scheduler_config.max_num_seqs * self._ranks,
             self._context,
             features,
-            model.weights_of(folder, config),
+            weights_of(folder, _ways(config)),
             ranks=self._ranks,
             kv_events=bool(parsed.publishers),
             publishers=parsed.publishers,
@@ -139,7 +138,7 @@ class VllmEngine:
     # ---- Engine
 
     def submit(self, sequence: Sequence, now: float) -> None:
-        room, finish, detail = sampling.budget(sequence, self._context)
+        room, finish, detail = budget(sequence, self._context)
         lora = sequence.params.lora
         if lora and lora not in self._loras:
             finish, detail = "error", f"adapter {lora!r} is not known: name it after -- with --lora-modules NAME=FOLDER"
@@ -217,7 +216,7 @@ class VllmEngine:
                 transfers.append(item)
                 self._hold(item)
             else:
-                outputs[item.key] = _joined(outputs.get(item.key), item)
+                outputs[item.key] = joined(outputs.get(item.key), item)
         self._open.difference_update(key for key, output in outputs.items() if output.finish)
         return Step(list(outputs.values()), transfers=list(transfers))
 
@@ -244,15 +243,6 @@ class VllmEngine:
         os.eventfd_write(self.wakeup_fd, 1)
 
 
-def _log_to_stderr() -> None:
-    """vLLM sets up its own loggers only."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s vllm: %(message)s"))
-    own = logging.getLogger("p2pdyn")
-    own.addHandler(handler)
-    own.setLevel(logging.INFO)
-
-
 def _configured(args: Any) -> Any:
     """vLLM's configuration. Raises EngineUsageError for arguments that do not go together, or with the model."""
     try:
@@ -261,14 +251,7 @@ def _configured(args: Any) -> Any:
         raise EngineUsageError(f"vLLM cannot be configured so: {one_line(error)}") from error
 
 
-def _joined(earlier: Output | None, later: Output) -> Output:
-    if earlier is None:
-        return later
-    return Output(
-        later.key,
-        earlier.tokens + later.tokens,
-        later.finish,
-        earlier.cached + later.cached,
-        earlier.logprobs + later.logprobs,
-        later.detail,
-    )
+def _ways(config: Any) -> tuple[object, ...]:
+    """How vLLM computes with the weights."""
+    model, cache = config.model_config, config.cache_config
+    return model.dtype, model.quantization, cache.cache_dtype, config.load_config.load_format == "dummy"

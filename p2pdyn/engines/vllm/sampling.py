@@ -14,26 +14,9 @@ LEAST_TOP_P = 1e-6
 """vLLM refuses 0, which OpenAI's API allows: only the likeliest token."""
 
 
-def budget(sequence: Sequence, context: int) -> tuple[int, str, str]:
-    """(how many tokens it may still produce, finish, detail); the first is 0 when it has ended before it began."""
-    length, wanted = len(sequence.tokens), sequence.params.max_tokens
-    if not length:
-        return 0, "error", "the prompt is empty"
-    if sequence.hand_over:
-        return (1, "", "") if length < context else (0, "error", _too_long(length, context))
-    if sequence.prompt_len >= context:
-        return 0, "error", _too_long(sequence.prompt_len, context)
-    room = min(sequence.prompt_len + wanted, context) - length
-    return (room, "", "") if room > 0 else (0, "length", "")
-
-
-def _too_long(length: int, context: int) -> str:
-    return f"the prompt has {length} tokens, but the context is {context}: shorten it"
-
-
 def to_vllm(sequence: Sequence, room: int, eos: tuple[int, ...], transfer: dict[str, Any] | None) -> Any:
-    """vLLM's SamplingParams. ``room`` is from :func:`budget`, ``eos`` the model's end tokens, ``transfer`` what the KV
-    connector is told. Raises ValueError for what vLLM does not take."""
+    """vLLM's SamplingParams. ``room`` is from :func:`p2pdyn.engines.hosted.budget`, ``eos`` the model's end tokens,
+    ``transfer`` what the KV connector is told. Raises ValueError for what vLLM does not take."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
 

@@ -1,0 +1,114 @@
+"""What adapters of other people's engines have in common: the model's folder, budgets, outputs, words for errors."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import replace
+from pathlib import Path
+from textwrap import shorten
+
+from p2pdyn.engines.base import EngineError, Output, Sequence
+from p2pdyn.text.card import CardError, ModelCard, from_folder
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+
+
+# ---- the model
+
+
+def folder_of(model: str, revision: str | None) -> Path:
+    """The folder of a model that is named by its folder or by its name at Hugging Face; in the latter case what the
+    engine has not downloaded is. Raises EngineError."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=SMALL_FILES))
+    except Exception as error:  # of many unrelated classes
+        raise EngineError(
+            f"model {model!r} is no folder here and cannot be had from Hugging Face ({type(error).__name__}): name a "
+            "folder with --model"
+        ) from error
+
+
+def card_of(folder: Path, context: int, features: tuple[str, ...]) -> ModelCard:
+    """The folder's card with the engine's context (0: the folder's own). Raises EngineError."""
+    try:
+        card = from_folder(folder, features)
+    except CardError as error:
+        raise EngineError(str(error)) from error
+    return replace(card, context=context) if context else card
+
+
+def weights_of(folder: Path, ways: tuple[object, ...]) -> str:
+    """A digest of config.json, of the weight files' names and sizes, and of ``ways``, how the engine computes with
+    them: alike on any two hosts with the same files, without reading gigabytes. Weights retrained to the same sizes
+    look the same: give such a model another name."""
+    digest = hashlib.blake2b(digest_size=16)
+    described = folder / "config.json"
+    if described.is_file():
+        digest.update(described.read_bytes())
+    for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        digest.update(f"\n{file.name} {file.stat().st_size}".encode())
+    digest.update(repr(ways).encode())
+    return digest.hexdigest()
+
+
+# ---- sequences and outputs
+
+
+def budget(sequence: Sequence, context: int) -> tuple[int, str, str]:
+    """(how many tokens it may still produce, finish, detail); the first is 0 when it has ended before it began."""
+    length, wanted = len(sequence.tokens), sequence.params.max_tokens
+    if not length:
+        return 0, "error", "the prompt is empty"
+    if sequence.hand_over:
+        return (1, "", "") if length < context else (0, "error", _too_long(length, context))
+    if sequence.prompt_len >= context:
+        return 0, "error", _too_long(sequence.prompt_len, context)
+    room = min(sequence.prompt_len + wanted, context) - length
+    return (room, "", "") if room > 0 else (0, "length", "")
+
+
+def _too_long(length: int, context: int) -> str:
+    return f"the prompt has {length} tokens, but the context is {context}: shorten it"
+
+
+def joined(earlier: Output | None, later: Output) -> Output:
+    """Two outputs of one sequence, told in one step."""
+    if earlier is None:
+        return later
+    return Output(
+        later.key,
+        earlier.tokens + later.tokens,
+        later.finish,
+        earlier.cached + later.cached,
+        earlier.logprobs + later.logprobs,
+        later.detail,
+    )
+
+
+# ---- words
+
+
+def one_line(error: BaseException) -> str:
+    """The first line that says something of an exception: pydantic's and the engines' go on for pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:  # pydantic: a count, the place, what is wrong, its input
+        lines = [line for line in lines[1:] if "error," in line] or lines[1:]
+    line = lines[0] if lines else type(error).__name__
+    line = line.partition(" [type=")[0].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return shorten(line, 300, placeholder=" ...")
+
+
+def log_to_stderr(engine: str) -> None:
+    """An adapter's own log, in the engine's child: engines set up their own loggers only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"%(levelname)s {engine}: %(message)s"))
+    own = logging.getLogger("p2pdyn")
+    own.addHandler(handler)
+    own.setLevel(logging.INFO)
