@@ -125,6 +125,9 @@ class Held:
     keys: tuple[bytes, ...] = ()
     cached: int = 0
     params: bytes = b""
+    computed: bool = True
+    """False: ``params`` are told before the prompt is computed, which the other side waits for (SGLang). The sequence
+    goes on, until another Held, without ``params``, tells that it is over, whether or not it came to something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +185,9 @@ class Step:
     def ended(self) -> list[int]:
         """Keys of the sequences of which no more comes; a Held is the end of a sequence, too."""
         ends = [output.key for output in self.outputs if output.finish]
-        return [*ends, *(note.key for note in self.transfers if isinstance(note, Held))] if self.transfers else ends
+        if self.transfers:
+            ends += [note.key for note in self.transfers if isinstance(note, Held) and note.computed]
+        return ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +215,8 @@ class EngineInfo:
     block_bytes: int = 0
     """Of one KV block in the memory that :class:`p2pdyn.engines.runner.Runner` shows; 0: the engine shows none."""
     moves_kv: str = ""
-    """The engine moves KV blocks between workers by itself, with this library (vLLM's connector: nixl)."""
+    """The engine moves KV blocks between workers by itself, with this library (vLLM's connector: nixl); as
+    :class:`p2pdyn.core.types.ServedModel` has it."""
 
 
 class Engine(Protocol):

@@ -239,15 +239,15 @@ def _unpack_kv(row: list[Any]) -> KvEvent:
 
 def _pack_note(note: TransferNote) -> list[Any]:
     if isinstance(note, Held):
-        return [note.key, note.blocks, note.generations, note.keys, note.cached, note.params]
+        return [note.key, note.blocks, note.generations, note.keys, note.cached, note.params, note.computed]
     return [note.key, note.first, note.blocks, note.keys]
 
 
 def _unpack_note(row: list[Any]) -> TransferNote:
     match row:
-        case [int(key), list(blocks), list(generations), list(keys), int(cached), bytes(params)]:
+        case [int(key), list(blocks), list(generations), list(keys), int(cached), bytes(params), bool(computed)]:
             if len(blocks) == len(generations) == len(keys):
-                return Held(key, tuple(blocks), tuple(generations), tuple(keys), cached, params)
+                return Held(key, tuple(blocks), tuple(generations), tuple(keys), cached, params, computed)
         case [int(key), int(first), list(blocks), list(keys)]:
             if len(blocks) == len(keys):
                 return Reserved(key, first, tuple(blocks), tuple(keys))

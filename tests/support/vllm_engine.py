@@ -103,9 +103,11 @@ class Vllm:
 class Lab:
     """Engines on one event loop that runs only while a test does."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, kind: str = "vllm", args: tuple[str, ...] = ARGS) -> None:
         self.folder = folder
         self.model = model
+        self.kind = kind
+        self.args = args
         self.engines: list[Vllm] = []
         self._loop = asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
@@ -122,9 +124,9 @@ class Lab:
         folder.mkdir()
         told: list[Vllm] = []
         runner = ChildRunner(
-            "vllm",
-            "p2pdyn.engines.vllm",
-            EngineOptions(str(self.model), None, (*ARGS, *args), offline=True, data_dir=folder, **options),
+            self.kind,
+            f"p2pdyn.engines.{self.kind}",
+            EngineOptions(str(self.model), None, (*self.args, *args), offline=True, data_dir=folder, **options),
             lambda step: told[0].on_step(step),
             lambda reason: told[0].on_death(reason),
         )

@@ -1,0 +1,233 @@
+"""sglang.Engine on an event loop in a thread of its own.
+
+Everything public here is called from the engine's thread; what SGLang answers is left in :attr:`Bridge.arrived`, and
+``wake`` is called, from the loop's thread, once a turn in which something was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from p2pdyn.engines.base import Held, Output
+from p2pdyn.engines.hosted import one_line
+from p2pdyn.engines.sglang import handoff
+from p2pdyn.engines.sglang.load import Loads
+from p2pdyn.engines.sglang.sampling import cut, from_sglang
+
+LOOK_S = 0.2
+"""Between two looks at the schedulers' load, while anything is open."""
+CALL_S = 5.0
+WARM_TOKENS = 512
+WARM_S = 120.0
+
+
+@dataclass(slots=True)
+class Job:
+    """One sequence under way. ``ask`` are async_generate's arguments; ``held``: what to tell of a prompt that is handed
+    over; ``stops``: tokens at which we end it."""
+
+    key: int
+    ask: dict[str, Any]
+    alternatives: int | None = None
+    stops: frozenset[int] = frozenset()
+    held: Held | None = None
+    silent: bool = True
+
+    @property
+    def rid(self) -> str:
+        """SGLang's name of it. All are of one length, for SGLang aborts whatever begins with a name."""
+        return f"p2p{self.key:021x}"
+
+
+class Bridge:
+    """``build`` makes the sglang.Engine; it is called in the loop's thread and may take minutes. ``rooms``: it does
+    prefill or decode alone."""
+
+    def __init__(self, build: Callable[[], Any], wake: Callable[[], None], rooms: bool) -> None:
+        self.arrived: deque[Output | Held] = deque()
+        self.moved = False
+        """A scheduler has made steps. Told by empty steps of ours, by which load is reported and long prompts show that
+        they go on."""
+        self.death = ""
+        """Why SGLang does not go on, once it does not."""
+        self.engine: Any = None
+        self.takes: frozenset[str] = frozenset()
+        """The arguments of this version's async_generate."""
+        self.loads = Loads()
+        self.failure: Exception | None = None
+        self.started = threading.Event()
+        """Either ``engine`` is there, or ``failure``."""
+        self._build = build
+        self._wake = wake
+        self._rooms = rooms
+        self._jobs: dict[int, tuple[Job, asyncio.Task[None]]] = {}
+        self._flushing = False
+        self._looking: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._stop: asyncio.Event
+        self._thread = threading.Thread(target=self._run_thread, name="sglang", daemon=True)
+        self._thread.start()
+
+    # ---- the engine's thread
+
+    def submit(self, job: Job) -> None:
+        self._loop.call_soon_threadsafe(self._begin, job)
+
+    def abort(self, key: int) -> None:
+        self._loop.call_soon_threadsafe(self._cancel, key)
+
+    def close(self) -> None:
+        """The processes of SGLang end with their group, at once."""
+        if self.engine is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(1.0)
+
+    # ---- the loop's thread
+
+    def _run_thread(self) -> None:
+        import uvloop
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        try:
+            engine = self._build()
+            self.takes = frozenset(signature(engine.async_generate).parameters)
+            await self._warm(engine)
+            self.loads.update(await engine.tokenizer_manager.get_loads())
+            self.engine = engine
+        except Exception as error:
+            self.failure = error
+        self.started.set()
+        if self.engine is None:
+            return
+        self._watch(self.engine)
+        await self._stop.wait()
+
+    async def _warm(self, engine: Any) -> None:
+        """Run a prompt, twice, and forget it: the first one takes several times as long as all others, and the speeds
+        that routers go by are measured from the first request on."""
+        length = max(1, min(WARM_TOKENS, engine.tokenizer_manager.context_len - 16))
+        for turn in range(2):
+            room = handoff.Room(handoff.FAKE_HOST, 1, turn).arguments() if self._rooms else {}
+            params = {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+            ask = {"input_ids": [turn] * length, "sampling_params": params, "rid": f"warm-{turn}", **room}
+            async with asyncio.timeout(WARM_S):
+                await engine.async_generate(**ask)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CALL_S):
+                await engine.tokenizer_manager.flush_cache()
+
+    def _watch(self, engine: Any) -> None:
+        """Notice the end of any of SGLang's processes at once."""
+        for pid in engine.get_all_child_pids():
+            try:
+                process = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self.die(f"SGLang's process {pid} has ended")
+                continue
+            self._loop.add_reader(process, self._ended, process, pid)
+
+    def _ended(self, process: int, pid: int) -> None:
+        self._loop.remove_reader(process)
+        os.close(process)
+        self.die(f"SGLang's process {pid} has ended")
+
+    def die(self, reason: str) -> None:
+        """From any thread."""
+        self.death = self.death or reason
+        self._wake()
+
+    # ---- sequences
+
+    def _begin(self, job: Job) -> None:
+        task = asyncio.create_task(self._serve(job))
+        self._jobs[job.key] = job, task
+        task.add_done_callback(lambda done: self._over(job))
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._look())
+
+    def _over(self, job: Job) -> None:
+        self._jobs.pop(job.key, None)
+        if job.held is not None:  # of one that came to nothing, nothing was computed
+            self._put(Held(job.key, cached=len(job.ask["input_ids"]) if job.silent else job.held.cached))
+
+    def _cancel(self, key: int) -> None:
+        known = self._jobs.get(key)
+        if known is not None:
+            self._drop(*known)
+
+    def _drop(self, job: Job, task: asyncio.Task[None]) -> None:
+        """SGLang aborts what has reached its scheduler, and forgets what has not when the task ends."""
+        self.engine.tokenizer_manager.abort_request(job.rid)
+        task.cancel()
+
+    async def _serve(self, job: Job) -> None:
+        try:
+            if job.held is not None:
+                self._put(job.held)
+            stream = await self.engine.async_generate(**job.ask, rid=job.rid, stream=True)
+            async with aclosing(stream) as chunks:
+                async for chunk in chunks:
+                    if self._take(job, chunk):
+                        return
+        except Exception as error:
+            if job.held is None:
+                self._put(Output(job.key, (), "error", detail=one_line(error)))
+
+    def _take(self, job: Job, chunk: dict[str, Any]) -> bool:
+        """Whether nothing more of it is wanted."""
+        first, job.silent = job.silent, False
+        if job.held is not None:
+            cached = chunk["meta_info"].get("cached_tokens") or 0
+            job.held = Held(job.key, cached=cached)
+            return False
+        output = from_sglang(job.key, chunk, first, job.alternatives)
+        if job.stops and not output.finish:
+            output = cut(output, job.stops)
+            if output.finish:
+                self.engine.tokenizer_manager.abort_request(job.rid)
+        self._put(output)
+        return bool(output.finish)
+
+    def _put(self, item: Output | Held) -> None:
+        self.arrived.append(item)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        """One turn later all outputs of the same engine step are there."""
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        self._wake()
+
+    async def _look(self) -> None:
+        """At the load, until all is over and the schedulers say so."""
+        while not self.death:
+            with suppress(Exception):  # of a version that tells it otherwise: the load is unknown then
+                if self.loads.update(await _soon(self.engine.tokenizer_manager.get_loads())):
+                    self.moved = True
+                    self._wake()
+            if not self._jobs and self.loads.settled:
+                break
+            await asyncio.sleep(LOOK_S)
+        self._looking = None
+
+
+async def _soon(call: Awaitable[Any]) -> Any:
+    async with asyncio.timeout(CALL_S):
+        return await call
