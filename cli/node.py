@@ -54,7 +54,11 @@ def choice(values: tuple[str, ...]) -> str:
 
 
 OPTIONS: list[Callable[[Any], Any]] = [
-    click.option("--engine", metavar=choice(ENGINES), help="What runs the model; none: only an endpoint.  [builtin]"),
+    click.option(
+        "--engine",
+        metavar=choice((*ENGINES, "MODULE:FACTORY")),
+        help="What runs the model; none: only an endpoint.  [builtin]",
+    ),
     click.option("--model", metavar="NAME|PATH", help="Model to serve; builtin has one of its own."),
     click.option("--served-model-name", metavar="NAME", help="Name that clients ask for.  [the model folder's name]"),
     click.option("--role", metavar=choice(ROLES), help="Part of the work that this worker takes.  [aggregated]"),

@@ -74,6 +74,20 @@ def _choice(choices: Sequence[str]) -> Parser:
     return parse
 
 
+def _engine(choices: Sequence[str]) -> Parser:
+    """One of ``choices``, or an engine of another distribution (:mod:`p2pdyn.engines.registry`)."""
+
+    def parse(value: object, _: Path | None) -> str:
+        if value not in choices:
+            from p2pdyn.engines.registry import FACTORY, installed
+
+            if not isinstance(value, str) or not (FACTORY.fullmatch(value) or value in installed()):
+                raise BadValue(f"must be one of {', '.join(choices)}, or MODULE:FACTORY, not {value!r}")
+        return _text(value)
+
+    return parse
+
+
 def _whole(low: int, high: int) -> Parser:
     def parse(value: object, _: Path | None) -> int:
         number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value) else value
@@ -201,7 +215,7 @@ _WORKER_ENGINES = tuple(engine for engine in ENGINES if engine != "none")
 
 SETTINGS: dict[str, Parser] = {
     "config": _path,
-    "engine": _choice(ENGINES),
+    "engine": _engine(ENGINES),
     "model": _model,
     "served_model_name": _model_name,
     "role": _choice(ROLES),
@@ -236,7 +250,7 @@ ALIASES = {"seed": "seeds"}
 
 WORKER_SETTINGS: dict[str, Parser] = {
     "name": _name,
-    "engine": _choice(_WORKER_ENGINES),
+    "engine": _engine(_WORKER_ENGINES),
     "model": _model,
     "served_model_name": _model_name,
     "role": _choice(ROLES),

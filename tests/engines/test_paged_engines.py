@@ -1,8 +1,8 @@
-"""What every engine owes: the same tokens however they come about, and events that tell its cache."""
+"""The engines whose KV cache is ours, step by step: exactly the same tokens however they come about, and events that
+tell the cache at every step. What every engine owes, through its host child, is in tests/engines/conformance."""
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -28,14 +28,6 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return [draw.randrange(97, 123) for _ in range(length)]
 
 
-def test_engines_of_one_kind_agree(make_engine: MakeEngine) -> None:
-    first = text(make_engine(), prompt(37), max_tokens=24)
-
-    assert len(first) == 24
-    assert len(set(first)) > 1
-    assert text(make_engine(), prompt(37), max_tokens=24) == first
-
-
 @pytest.mark.parametrize("params", SAMPLING)
 def test_a_sequence_does_not_depend_on_its_batch(make_engine: MakeEngine, params: dict[str, Any]) -> None:
     alone = [text(make_engine(), prompt(5 + 9 * i, i), max_tokens=20, **params) for i in range(8)]
@@ -53,61 +45,6 @@ def test_another_worker_goes_on_identically(make_engine: MakeEngine, params: dic
     rest = text(make_engine(), prompt(18), whole[:done], max_tokens=24, **params)
 
     assert whole[:done] + rest == whole
-
-
-def test_the_seed_decides(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    one, other, again = (text(engine, prompt(18), max_tokens=24, temperature=1.0, seed=seed) for seed in (1, 2, 1))
-
-    assert one == again
-    assert one != other
-
-
-def test_a_negative_seed_is_a_seed(make_engine: MakeEngine) -> None:
-    assert len(text(make_engine(), prompt(18), max_tokens=4, temperature=1.0, seed=-(2**63))) == 4
-
-
-def test_a_stop_token_ends_and_is_the_last(make_engine: MakeEngine) -> None:
-    whole = text(make_engine(), prompt(18), max_tokens=24)
-    stop = whole[9]
-
-    result = generate(make_engine(), sequence(0, prompt(18), max_tokens=24, stop_token_ids=(stop,)))[0]
-
-    assert result.finish == "stop"
-    assert result.tokens == whole[: whole.index(stop) + 1]
-
-
-def test_min_tokens_holds_stop_tokens_back(make_engine: MakeEngine) -> None:
-    stop = text(make_engine(), prompt(18), max_tokens=1)[0]
-
-    result = generate(make_engine(), sequence(0, prompt(18), max_tokens=24, min_tokens=6, stop_token_ids=(stop,)))[0]
-
-    assert stop not in result.tokens[:6]
-    assert len(result.tokens) > 6
-
-
-def test_max_tokens_counts_what_was_produced_before(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    whole = text(engine, prompt(18), max_tokens=8)
-
-    result = generate(engine, sequence(0, prompt(18), whole[:5], max_tokens=8))[0]
-
-    assert (result.tokens, result.finish) == (whole[5:], "length")
-
-
-def test_nothing_left_to_produce_ends_at_once(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    whole = text(engine, prompt(18), max_tokens=8)
-
-    result = generate(engine, sequence(0, prompt(18), whole, max_tokens=8))[0]
-
-    assert (result.tokens, result.finish) == ([], "length")
-
-
-def test_the_context_ends_a_sequence(make_engine: MakeEngine) -> None:
-    result = generate(make_engine(context=32), sequence(0, prompt(20), max_tokens=100))[0]
-
-    assert (len(result.tokens), result.finish) == (12, "length")
 
 
 @pytest.mark.parametrize("length", [0, 32, 33])
@@ -188,29 +125,6 @@ def test_salts_and_loras_share_nothing(make_engine: MakeEngine, field: str) -> N
     assert generate(engine, sequence(1, prompt(41), max_tokens=2, **{field: "a"}))[1].cached == 0
     assert generate(engine, sequence(2, prompt(41), max_tokens=2, **{field: "b"}))[2].cached == 0
     assert generate(engine, sequence(3, prompt(41), max_tokens=2, **{field: "a"}))[3].cached == 40
-
-
-# ---- logprobs
-
-
-def test_logprobs_are_of_the_chosen_token_and_the_likeliest(make_engine: MakeEngine) -> None:
-    result = generate(make_engine(), sequence(0, prompt(18), max_tokens=12, logprobs=5))[0]
-
-    assert result.tokens == text(make_engine(), prompt(18), max_tokens=12)
-    assert len(result.logprobs) == 12
-    for token, (chosen, others) in zip(result.tokens, result.logprobs, strict=True):
-        values = [value for _, value in others]
-        assert len(others) == 5
-        assert values == sorted(values, reverse=True)
-        assert others[0] == (token, chosen)
-        assert sum(math.exp(value) for value in values) <= 1 + 1e-6
-
-
-def test_logprobs_zero_tells_the_chosen_token_alone(make_engine: MakeEngine) -> None:
-    result = generate(make_engine(), sequence(0, prompt(18), max_tokens=3, logprobs=0))[0]
-
-    assert [others for _, others in result.logprobs] == [(), (), ()]
-    assert all(chosen <= 0 for chosen, _ in result.logprobs)
 
 
 # ---- random workloads on a small pool
