@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from p2pdyn.config import Config
 from p2pdyn.constants import UCX_PORTS
-from p2pdyn.core.types import AGGREGATED, PeerInfo
+from p2pdyn.core.types import AGGREGATED, PREFILL, PeerInfo
 from p2pdyn.serving import SIDE_PORT, TCP_PORT
 
 OPEN = "neither encrypted nor authenticated"
@@ -33,15 +33,25 @@ def _ports(config: Config, control: int, info: PeerInfo, env: Mapping[str, str])
 
 def _kv_ports(config: Config, env: Mapping[str, str]) -> Iterator[str]:
     ucx = f"KV blocks over NIXL {env.get('UCX_TCP_PORT_RANGE') or UCX_PORTS}/tcp, UCX's ({OPEN})"
-    if config.engine == "vllm":
+    if config.engine in ("vllm", "sglang"):
         if config.role != AGGREGATED:
-            yield f"vLLM's NIXL side channel {_place(config, SIDE_PORT)} and on, one a data-parallel rank ({OPEN})"
+            yield from _side_ports(config)
             yield ucx
     elif config.kv_transfer != "off":
         if config.kv_transfer != "nixl":
             yield f"KV blocks over tcp {_place(config, TCP_PORT)}"
         if config.kv_transfer != "tcp" and find_spec("nixl") is not None:
             yield ucx
+
+
+def _side_ports(config: Config) -> Iterator[str]:
+    place = _place(config, SIDE_PORT)
+    if config.engine == "vllm":
+        yield f"vLLM's NIXL side channel {place} and on, one a data-parallel rank ({OPEN})"
+    else:
+        if config.role == PREFILL:
+            yield f"SGLang's bootstrap server {place} ({OPEN})"
+        yield f"a port of SGLang's for each of its tensor-parallel ranks ({OPEN})"
 
 
 def _place(config: Config, offset: int) -> str:

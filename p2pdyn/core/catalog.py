@@ -21,6 +21,7 @@ from p2pdyn.core.types import (
     PeerInfo,
     ServedModel,
     moves_alike,
+    only_pulls,
 )
 
 
@@ -50,6 +51,8 @@ class Model:
             return f"{model} has prefill workers alone, which answer nothing: start one with --role decode"
         if prefill and not decode:
             return f"{model} has prefill workers and nobody that they could compute for: start one with --role decode"
+        if decode and not prefill and all(map(only_pulls, decode)):
+            return f"{model} has decode workers whose engine computes no prompts: start one with --role prefill"
         if decode and not prefill and not means[AGGREGATED]:
             return (
                 f"{model} has decode workers alone, which compute each prompt themselves: start one with --role prefill"

@@ -33,7 +33,7 @@ from p2pdyn.core.router import Decision
 from p2pdyn.core.router_cost import Pull
 from p2pdyn.core.router_target import Target
 from p2pdyn.core.routes import Routes, Serving
-from p2pdyn.core.types import DECODE, Load, NodeId, moves_alike
+from p2pdyn.core.types import DECODE, Load, NodeId, moves_alike, only_pulls
 from p2pdyn.wire.requests import Prefilled, Row
 
 MIGRATION_LIMIT = 16
@@ -236,6 +236,8 @@ class Flights:
         actions: list[Action] = []
         for flight in flights:
             actions += self._lost(flight, reason, now, tell=False)
+        for flight in [f for f in self.open.values() if f.lent and f.lent.once and f.lent.transfer.source == worker]:
+            actions += self._lost(flight, f"prefill worker {worker} was lost", now)
         return actions + self._admit(now)
 
     def worker_lives(self, worker: NodeId, now: float) -> list[Action]:
@@ -313,10 +315,14 @@ class Flights:
             idle[flight.rid] = flight
             return self._give_up(flight)
         prefill = None
-        if suspect:
+        must = decision.target.role == DECODE and only_pulls(decision.target.moves_kv)
+        if suspect and not must:
             flight.trial = self.blame.begin(flight.rid, decision.target.worker)
         elif decision.target.role == DECODE and flight.lent is None:
             prefill = self.routes.prefill(flight.job, decision, flight.failed_prefill, now)
+            if must and prefill is None:
+                self._waiting[flight.rid] = flight
+                return self._give_up(flight)
             self.prefills_local += prefill is None
         if self._on_decision is not None:
             self._on_decision(flight.rid, decision)
@@ -406,7 +412,7 @@ class Flights:
         if flight.trial:
             flight.trial += now
         if flight.lent is not None:
-            cached, flight.lent = flight.lent.cached, None
+            cached, flight.lent = cached if flight.lent.once else flight.lent.cached, None
         self.routes.router.first_token(flight.rid, now)
         self.prompt_tokens += len(flight.job.tokens)
         self.cached_tokens += cached
@@ -487,6 +493,8 @@ class Flights:
         actions: list[Action] = []
         if tell and flight.worker is not None:
             actions.append(Abandon(flight.worker, flight.rid, flight.attempt))
+        if flight.lent is not None and flight.lent.once:
+            actions += self._give_up(flight)
         self._leave(flight, now)
         flight.attempt += 1
         flight.moves += planned

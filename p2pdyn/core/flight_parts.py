@@ -9,7 +9,7 @@ from typing import NamedTuple
 from p2pdyn.core.request import Job, Sink
 from p2pdyn.core.router import Decision
 from p2pdyn.core.router_target import Target
-from p2pdyn.core.types import NodeId
+from p2pdyn.core.types import NodeId, only_pulls
 
 
 class Transfer(NamedTuple):
@@ -60,6 +60,11 @@ class Lent(NamedTuple):
     """The prefill's."""
     source: Target
     cached: int
+
+    @property
+    def once(self) -> bool:
+        """It is being computed, for the one worker that was told to take it; that one says how much was cached."""
+        return only_pulls(self.source.moves_kv)
 
 
 @dataclass(slots=True)

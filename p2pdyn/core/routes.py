@@ -20,7 +20,7 @@ from p2pdyn.core.kvhash import root_seed, sequence_hashes
 from p2pdyn.core.request import Failure, Job
 from p2pdyn.core.router import Ask, Decision, Prefill, Router
 from p2pdyn.core.router_target import Target
-from p2pdyn.core.types import AGGREGATED, DECODE, PREFILL, Load, NodeId, moves_alike
+from p2pdyn.core.types import AGGREGATED, DECODE, PREFILL, Load, NodeId, moves_alike, only_pulls
 from p2pdyn.wire.kvpack import little
 
 HASHING = ("kv", "kv-dynamo")
@@ -56,6 +56,24 @@ class _Model:
     """Those that generate."""
     prefills: list[Target]
     queue: Admission = field(default_factory=Admission)
+    dependent: bool = False
+    """Some of ``targets`` compute no prompts."""
+
+    def place(self, targets: list[Target]) -> None:
+        self.targets = [target for target in targets if target.role != PREFILL]
+        self.prefills = [target for target in targets if target.role == PREFILL]
+        self.dependent = any(target.role == DECODE and only_pulls(target.moves_kv) for target in targets)
+
+    def able(self, target: Target) -> list[Target]:
+        """The prefill workers that can hand prompts over to ``target``."""
+        return [one for one in self.prefills if moves_alike(one.moves_kv, target.moves_kv)]
+
+    def routable(self, taken: Collection[NodeId]) -> list[Target]:
+        """Those of ``targets`` that are not ``taken`` and have somebody to compute prompts for them, if they cannot."""
+        targets = self.targets
+        if self.dependent:
+            targets = [one for one in targets if one.role != DECODE or not only_pulls(one.moves_kv) or self.able(one)]
+        return [target for target in targets if target.worker not in taken] if taken else targets
 
 
 class Routes:
@@ -83,13 +101,11 @@ class Routes:
         for name, one in serving.items():
             everyone = [self._target(endpoint) for endpoint in one.targets]
             named.update((target.worker, target.rank) for target in everyone)
-            targets = [target for target in everyone if target.role != PREFILL]
-            prefills = [target for target in everyone if target.role == PREFILL]
             known = self._models.get(name)
             if known is None:
-                self._models[name] = _Model(one.block_size, targets, prefills)
-            else:
-                known.block_size, known.targets, known.prefills = one.block_size, targets, prefills
+                known = self._models[name] = _Model(one.block_size, [], [])
+            known.block_size = one.block_size
+            known.place(everyone)
         for name in self._models.keys() - serving.keys():
             self._models[name].targets, self._models[name].prefills = [], []
             if not len(self._models[name].queue):
@@ -155,8 +171,8 @@ class Routes:
         return decision
 
     def prefill(self, job: Job, decision: Decision, failed: NodeId | None, now: float) -> Decision | None:
-        """Who computes the prompt of ``decision``, which is for a decode worker, and hands it over, never ``failed``;
-        None: the decode worker does better itself. ``decision.prefill`` says why."""
+        """Who computes the prompt of ``decision``, which is for a decode worker, and hands it over, never ``failed``
+        unless nobody else can; None: the decode worker does better itself. ``decision.prefill`` says why."""
         found = self._prefill(job, decision, failed, now)
         if found is not None:
             self.hand_overs.settle(found, now)
@@ -177,13 +193,13 @@ class Routes:
     def _prefill(self, job: Job, decision: Decision, failed: NodeId | None, now: float) -> Decision | None:
         target, ask, size = decision.target, decision.ask, decision.ask.block_size
         found: Decision | None = None
-        if decision.uncached > size and target.moves_kv:
-            able = [
-                one
-                for one in self._models[job.model].prefills
-                if moves_alike(one.moves_kv, target.moves_kv) and one.worker != failed
-            ]
-            found = self.hand_overs.explain(Ask(ask.tokens, ask.hashes, size), able, now)
+        must = only_pulls(target.moves_kv)
+        if must or (decision.uncached > size and target.moves_kv):
+            able = self._models[job.model].able(target)
+            others = [one for one in able if one.worker != failed]
+            if must and not others:
+                others = able
+            found = self.hand_overs.explain(Ask(ask.tokens, ask.hashes, size), others, now)
         pull = decision.pull
         local = disagg.Side(
             decision.uncached,
@@ -201,6 +217,8 @@ class Routes:
         moving_s = disagg.pull_s(lacking, size, there.load.block_bytes, target.load.pull_bps)
         full = self.hand_overs.saturated((there,), now)
         verdict = disagg.judge(local, remote, size, moving_s, full)
+        if must:
+            verdict = verdict._replace(remote=True, why=disagg.REMOTE)
         decision.prefill = Prefill(there, verdict)
         return found if verdict.remote else None
 
@@ -210,7 +228,7 @@ class Routes:
         model = self._models.get(job.model)
         if model is None:
             return None
-        targets = [target for target in model.targets if target.worker not in taken] if taken else model.targets
+        targets = model.routable(taken)
         if not targets:
             return None
         exclude: tuple[NodeId, ...] = ()

@@ -100,7 +100,7 @@ class ServedModel:
     ``card`` is the model card's content hash (32 hex digits) by which a frontend fetches it; ``fingerprint`` is what
     two workers must share to be routed together (block size, card, weights, hash parameters).  ``moves_kv`` names what
     carries KV blocks to another worker, several joined by "+" ("p2p-nixl+p2p-tcp", or an engine's own connector:
-    "nixl"): see :func:`moves_alike`; "" means nothing does.
+    "nixl"): see :func:`moves_alike` and :func:`only_pulls`; "" means nothing does.
     """
 
     name: str
@@ -111,6 +111,12 @@ class ServedModel:
     ranks: int = 1
     kv_events: bool = False
     moves_kv: str = ""
+
+
+def only_pulls(moves_kv: str) -> bool:
+    """Whether a decode worker that says this as ``moves_kv``, with a "!" at its end, computes no prompts at all
+    (SGLang's): each has to be handed over to it, while a prefill worker computes it, and can be so only once."""
+    return moves_kv.endswith("!")
 
 
 def moves_alike(one: str, other: str) -> bool:

@@ -85,6 +85,8 @@ class WorkerService:
         self._batch = 0
         """Sequences that the engine runs at a time."""
         self._handed = HandedOver()
+        self._computing: set[int] = set()
+        """Prompts that were handed over before they were computed."""
         self.kv: KvSource | None = None
         self.transfers: Transfers | None = None
         self._engine_events: EngineEvents | None = None
@@ -383,7 +385,11 @@ class WorkerService:
             self._send_timer = self._loop.call_later(STEPS_S, self._send_late)
 
     def _handed_over(self, held: base.Held) -> None:
-        """A prompt to hand over is computed: tell the frontend where its blocks are."""
+        """A prompt to hand over is computed, or will be when it is taken: tell the frontend where its blocks are."""
+        if held.key in self._computing:
+            self._computing.discard(held.key)
+            self._meter.computed(held.key, held.cached, monotonic())
+            return
         running = self._served.handed_over(held.key) if self._served is not None else None
         if running is None:  # cancelled while that was on its way
             if self._runner is not None:
@@ -396,7 +402,10 @@ class WorkerService:
             self._handed.add(request, held.key, monotonic())
         elif self._runner is not None:  # --kv-transfer off, and a frontend that asks all the same
             self._runner.transfer([base.Release(held.key)])
-        self._meter.computed(held.key, held.cached, monotonic())
+        if held.computed:
+            self._meter.computed(held.key, held.cached, monotonic())
+        else:
+            self._computing.add(held.key)
         blocks = len(held.blocks) if lease else 0
         answer = Prefilled(running.rid, running.attempt, self._epoch, lease, blocks, held.cached, held.params)
         self._send(running.connection, encode(answer))
