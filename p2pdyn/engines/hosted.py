@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 
-from p2pdyn.engines.base import EngineError, Output, Sequence
+from p2pdyn.engines.base import EngineError, EngineUsageError, Output, Sequence
 from p2pdyn.text.card import CardError, ModelCard, from_folder
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
@@ -56,6 +57,17 @@ def weights_of(folder: Path, ways: tuple[object, ...]) -> str:
         digest.update(f"\n{file.name} {file.stat().st_size}".encode())
     digest.update(repr(ways).encode())
     return digest.hexdigest()
+
+
+def adapters(modules: Iterable[str]) -> dict[str, str]:
+    """LoRA adapters' folders by name, from ``--lora-modules NAME=FOLDER...``. Raises EngineUsageError."""
+    loras = {}
+    for module in modules:
+        name, equals, path = module.partition("=")
+        if not (name and equals and path):
+            raise EngineUsageError(f"--lora-modules takes NAME=FOLDER, not {module!r}")
+        loras[name] = path
+    return loras
 
 
 # ---- sequences and outputs

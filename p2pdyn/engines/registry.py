@@ -53,6 +53,13 @@ ENGINES: dict[str, EngineKind] = {
         help="SGLang's own flags (python -m sglang.launch_server --help), as --context-length 8192 --tp-size 2; pages "
         "of 16 tokens, KV events and, by role, NIXL are on by themselves; --cpu-shim runs small models without a GPU",
     ),
+    "trtllm": EngineKind(
+        "p2pdyn.engines.trtllm",
+        child=True,
+        help="arguments of tensorrt_llm.LLM, as --tensor-parallel-size 2 --kv-cache-config.max-tokens 65536, and "
+        "--lora-modules NAME=FOLDER...; KV events and, by role, the cache transceiver are on by themselves; written to "
+        "the API of TensorRT-LLM 1.2 and 1.3, not run on hardware by us",
+    ),
 }
 
 

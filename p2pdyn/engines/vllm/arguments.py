@@ -14,7 +14,7 @@ from secrets import randbelow
 from typing import Any, NoReturn
 
 from p2pdyn.engines.base import EngineError, EngineOptions, EngineUsageError
-from p2pdyn.engines.hosted import one_line
+from p2pdyn.engines.hosted import adapters, one_line
 
 LEASE_S = 12
 """How long vLLM's NIXL connector keeps a prefill's blocks without a sign of life from who is to read them."""
@@ -76,7 +76,7 @@ def parse(options: EngineOptions) -> Arguments:
     if cpu and engine.enforce_eager:  # else the first request for logprobs waits half a minute for a C++ compiler
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     publishers, sockets = _publish(engine, options)
-    return Arguments(engine, publishers, _loras(parsed.lora_modules), _transfer(engine, options, cpu), sockets)
+    return Arguments(engine, publishers, adapters(parsed.lora_modules), _transfer(engine, options, cpu), sockets)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -131,20 +131,6 @@ def _publish(engine: Any, options: EngineOptions) -> tuple[tuple[tuple[str, str,
         for rank in range(engine.data_parallel_size)
     )
     return publishers, None if folder == own.absolute() else folder
-
-
-# ---- LoRA
-
-
-def _loras(modules: Sequence[str]) -> dict[str, str]:
-    """``NAME=FOLDER``, as vLLM's own server has it."""
-    loras = {}
-    for module in modules:
-        name, equals, path = module.partition("=")
-        if not (name and equals and path):
-            raise EngineUsageError(f"--lora-modules takes NAME=FOLDER, not {module!r}")
-        loras[name] = path
-    return loras
 
 
 # ---- prefill and decode
