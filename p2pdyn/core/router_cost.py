@@ -39,8 +39,9 @@ REQUEST_S = 0.001
 """For each open request: decides between workers that are otherwise equal, and no more than that."""
 
 RECENT_WEIGHT = 0.15
-"""For each second of prefill that we sent it of late: its sessions will come back to it, so a worker that was kept busy
-for all of the last minute is worth 9 s less to a newcomer than an idle one. It spreads sessions before queues do."""
+"""For each second of prefill that it was sent of late, by any frontend: its sessions will come back to it, so a worker
+that was kept busy for all of the last minute is worth 9 s less to a newcomer than an idle one. It spreads sessions
+before queues do."""
 
 HOST_CREDIT = 0.75
 DISK_CREDIT = 0.25

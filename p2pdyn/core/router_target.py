@@ -18,13 +18,12 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from math import exp
 
+from p2pdyn.constants import WORK_MEMORY_S
 from p2pdyn.core.types import AGGREGATED, Load, NodeId
 
-IN_FLIGHT_S = 0.01
-"""One way to the worker and through its loop; its report one way back."""
-
-RECENT_S = 60.0
-"""Memory of the work sent to a target."""
+IN_FLIGHT_S = 0.004
+"""One way to the worker and through its loop; its report one way back. Less than LOAD_SETTLE_S, in which the worker
+tells of a prompt, so that none is counted twice; one that is longer on its way is missed only until that report."""
 
 SPEED_MEMORY_S = 60.0
 """After this long without a prompt timed there, a third is left of how much slower than others it was found."""
@@ -87,7 +86,8 @@ class Target:
         self.decode_blocks = 0
         """KV blocks that requests there hold, or will when their turn comes."""
         self.work = 0.0
-        """Prompt tokens that we sent it, those of long ago for little: see :meth:`recent_s`."""
+        """Seconds of prefill that all frontends sent it, those of long ago for little: see :meth:`recent_s`. Counted at
+        the speed of then: a minute's work would double and halve with each measured speed."""
         self.my_pending = 0
         """Uncached prompt tokens of our requests there that have no first token yet."""
         self.my_blocks = 0
@@ -129,6 +129,8 @@ class Target:
                 requests -= 1
         self._tokens = float(tokens)
         self._as_of = self._reported = now
+        if load.work_s:
+            self.work, self._worked = load.work_s + (tokens - load.prefill_tokens_queued) / self.tps, now
         self.waits = tokens > 0 or self.my_pending > 0
         self.others = max(0, load.active_requests + load.queued - requests)
         self.others_blocks = max(0, load.active_blocks - blocks)
@@ -152,7 +154,7 @@ class Target:
 
     def sent(self, key: Hashable, uncached: int, blocks: int, now: float) -> None:
         """This frontend sent it a request: ``uncached`` prompt tokens to compute, ``blocks`` KV blocks to hold."""
-        self.work = self.work * exp((self._worked - now) / RECENT_S) + uncached
+        self.work = self.work * exp((self._worked - now) / WORK_MEMORY_S) + uncached / self.tps
         self._worked = now
         self._tokens = self._left(now) + uncached
         self._as_of = now
@@ -247,8 +249,8 @@ class Target:
         return tokens / self.tps
 
     def recent_s(self, now: float) -> float:
-        """Seconds of prefill that we sent it, decayed with :data:`RECENT_S`."""
-        return self.work * exp((self._worked - now) / RECENT_S) / self.tps
+        """Seconds of prefill that it was sent, decayed with WORK_MEMORY_S."""
+        return self.work * exp((self._worked - now) / WORK_MEMORY_S)
 
     @property
     def mine(self) -> int:

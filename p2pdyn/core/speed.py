@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Iterable
 from math import exp, sqrt
 
+from p2pdyn.constants import WORK_MEMORY_S
+
 MIN_TOKENS = 64
 """Shorter prefills are mostly overhead; they would make a worker look slow."""
 KEEP = 0.9
@@ -58,6 +60,7 @@ class SpeedMeter:
         self._last_first = 0.0
         self._freed: deque[float] = deque(maxlen=MAX_FREED)
         """When places in the batch became free that somebody waited for; taken in the same order."""
+        self._priced = self._work = self._worked = 0.0
         self._prefills = self._tokens = self._seconds = 0.0
         self._tt = self._ts = self._ss = 0.0
         self._sampled = self._stepped = 0.0
@@ -68,7 +71,11 @@ class SpeedMeter:
 
     def submitted(self, key: int, tokens: int, expected: int, now: float) -> None:
         """A prompt of ``tokens``, of which ``expected`` are believed not to be cached; 0: nobody knows."""
-        self._prefilling[key] = (tokens, min(expected, tokens) if expected else tokens, now)
+        uncached = min(expected, tokens) if expected else tokens
+        self._prefilling[key] = (tokens, uncached, now)
+        self._priced = self.prefill_tps or self._priced
+        if self._priced:
+            self._work, self._worked = self.work_s(now) + uncached / self._priced, now
 
     def first_tokens(self, started: Iterable[tuple[int, int]], now: float) -> None:
         """Prompts whose first token has come in one step, as (key, tokens of it from the prefix cache)."""
@@ -139,6 +146,10 @@ class SpeedMeter:
     def backlog(self) -> int:
         """Prompt tokens that sequences without a first token were expected to compute; those done count as well."""
         return sum(expected for _, expected, _ in self._prefilling.values())
+
+    def work_s(self, now: float) -> float:
+        """Seconds of prefill taken on, at the speeds known then; those of a minute ago for a third."""
+        return self._work * exp((self._worked - now) / WORK_MEMORY_S)
 
     @property
     def timed(self) -> bool:

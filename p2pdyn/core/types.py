@@ -169,6 +169,9 @@ class Load:
     pull_bps: float = 0.0
     """Bytes a second of this worker's reads from others, or tokens a second where its engine moves KV by itself (and
     ``block_bytes`` is 0); 0: none measured, or not able to."""
+    work_s: float = 0.0
+    """Seconds of prefill taken on, those of long ago for less (:data:`p2pdyn.constants.WORK_MEMORY_S`); 0 until the
+    speed is measured."""
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
+from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, LOAD_SETTLE_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
 from p2pdyn.core.disagg import PULL_BPS
 from p2pdyn.core.handed import HandedOver
 from p2pdyn.core.lease import QUARANTINED
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = min(STREAM_HEARTBEAT_S, LOAD_EVENT_S)
-LOAD_SETTLE_S = 0.02
 TELL_TOKENS = 512
 """Prompts that long are told of within LOAD_SETTLE_S: other frontends must not send theirs to the same worker."""
 STEPS_S = 0.001
@@ -489,7 +488,7 @@ class WorkerService:
             self._load_timer.cancel()
             self._load_timer = None
         self._was_busy = self.open > 0
-        event = self._meter.event(self._epoch, self.load, self.open, *self._moves())
+        event = self._meter.event(self._epoch, self.load, self.open, *self._moves(), monotonic())
         self._events.send((TOPIC_LOAD, encode(event)))
 
 

@@ -263,4 +263,5 @@ def _load(event: LoadEvent) -> Load:
         event.itl_per_block_ms,
         event.block_bytes,
         event.pull_bps,
+        event.work_s,
     )

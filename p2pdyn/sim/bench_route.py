@@ -19,7 +19,7 @@ from heapq import heappop, heappush
 from math import inf
 from typing import Any
 
-from p2pdyn.constants import LOAD_EVENT_S
+from p2pdyn.constants import LOAD_EVENT_S, LOAD_SETTLE_S
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.router import Ask, Router
 from p2pdyn.core.router_target import Target
@@ -123,12 +123,15 @@ class Replay:
         self._later(self.now + TRANSIT_S, self._reach, worker, Job(number, request, decision.uncached, frontend))
 
     def _reach(self, worker: Worker, job: Job) -> None:
-        worker.enqueue(job)
+        worker.enqueue(job, self.now)
         if worker.current is None:
             self._later(worker.begin(self.now), self._computed, worker)
         if not worker.reporting:
             worker.reporting = True
-            self._tick(worker)
+            self._later(self.now + LOAD_EVENT_S, self._tick, worker)
+        if not worker.telling:
+            worker.telling = True
+            self._later(self.now + LOAD_SETTLE_S, self._tell, worker)
 
     def _computed(self, worker: Worker) -> None:
         job, stored, evicted = worker.computed()
@@ -159,6 +162,11 @@ class Replay:
             self._index.store(slot, DEVICE, array("Q", stored))
         if evicted:
             self._index.remove(slot, DEVICE, array("Q", evicted))
+
+    def _tell(self, worker: Worker) -> None:
+        """Of prompts that have just come."""
+        worker.telling = False
+        self._report(worker)
 
     def _tick(self, worker: Worker) -> None:
         """Reports come while there is something to tell; the last one says that the worker is idle."""
@@ -192,7 +200,7 @@ def round_robin_busy_s(trace: Sequence[Request], setting: Setting) -> float:
     workers = [Worker(number, tps, setting.cache) for number, tps in enumerate(setting.tps)]
     for number, request in enumerate(trace):
         worker = workers[number % len(workers)]
-        worker.enqueue(Job(number, request, 0, 0))
+        worker.enqueue(Job(number, request, 0, 0), 0.0)
         worker.begin(0.0)
         job, _, _ = worker.computed()
         worker.ended(job)

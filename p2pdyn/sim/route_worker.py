@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
-from math import inf
+from math import exp, inf
 
+from p2pdyn.constants import WORK_MEMORY_S
 from p2pdyn.core.types import Load, NodeId
 from p2pdyn.sim.route_trace import BLOCK, Request
 
@@ -91,15 +92,17 @@ class Worker:
         self.busy_s = 0.0
         self.hit_blocks = 0
         self.requests = 0
-        self.reporting = False
+        self.reporting = self.telling = False
+        self._work = self._worked = 0.0
         self._expected = 0
 
     @property
     def idle(self) -> bool:
         return self.current is None and not self.queue and not self.decoding
 
-    def enqueue(self, job: Job) -> None:
+    def enqueue(self, job: Job, now: float) -> None:
         self.queue.append(job)
+        self._work, self._worked = self._recent(now) + job.expected / self.tps, now
         self._expected += job.expected
         self.requests += 1
 
@@ -144,4 +147,8 @@ class Worker:
             prefill_tokens_queued=self._expected + round(left),
             prefill_tps=self.tps,
             itl_ms=ITL_S * 1e3,
+            work_s=self._recent(now),
         )
+
+    def _recent(self, now: float) -> float:
+        return self._work * exp((self._worked - now) / WORK_MEMORY_S)

@@ -37,6 +37,7 @@ class LoadEvent:
     """The data-parallel rank that this is about."""
     block_bytes: U64 = 0
     pull_bps: Annotated[float, Bound(0, 1e15)] = 0.0
+    work_s: Annotated[float, Bound(0, 1e12)] = 0.0
 
 
 MAX_OPS = 4 * 2**20 - 1024

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import e
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2pdyn.constants import WORK_MEMORY_S
 from p2pdyn.core.router_target import IN_FLIGHT_S, LATE_S, STALE_S, Target
 from p2pdyn.core.types import Load, NodeId
 
@@ -49,6 +52,16 @@ def test_what_a_report_shows_beyond_ours_is_the_others() -> None:
     assert (one.requests, one.decode_blocks) == (4, 25)
     one.finished("r", 0.3)
     assert (one.requests, one.decode_blocks) == (3, 20)
+
+
+def test_work_of_late_is_that_of_all_frontends_and_what_is_on_its_way() -> None:
+    one = target()
+    one.sent("own", 1000, 5, 0.0)
+    assert one.recent_s(0.0) == pytest.approx(1.0)
+    one.sent("flying", 500, 5, 0.1 - IN_FLIGHT_S / 2)
+    one.report(Load(prefill_tps=1000, prefill_tokens_queued=2900, work_s=3.0), 0.1)
+    assert one.recent_s(0.1) == pytest.approx(3.5)
+    assert one.recent_s(0.1 + WORK_MEMORY_S) == pytest.approx(3.5 / e)
 
 
 def test_a_first_token_that_is_overdue_holds_up_the_next_too() -> None:

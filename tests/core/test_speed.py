@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from math import e
 
 import pytest
 
+from p2pdyn.constants import WORK_MEMORY_S
 from p2pdyn.core.speed import COLD_STALL_S, LONG_S, SAMPLE_S, STALL_S, PullMeter, SpeedMeter
 
 
@@ -108,6 +110,20 @@ def test_the_backlog_is_what_routers_expect_to_be_computed() -> None:
     meter.first_tokens([(2, 9_000)], 1.0)
     meter.gone(3)
     assert meter.backlog == 1_000
+
+
+def test_work_is_what_was_taken_on_and_fades() -> None:
+    meter, now = SpeedMeter(), 0.0
+    for key in range(3):
+        meter.submitted(key, 1000, 1000, now)
+        assert meter.work_s(now) == 0.0  # no speed is sure yet
+        now += 0.5
+        meter.first_tokens([(key, 0)], now)
+    meter.submitted(4, 500, 100, now)
+    meter.submitted(5, 300, 0, now)  # nobody knows how much of it is cached
+    assert meter.work_s(now) == pytest.approx(0.2)
+    meter.gone(4)
+    assert meter.work_s(now + WORK_MEMORY_S) == pytest.approx(0.2 / e)
 
 
 def test_cached_tokens_took_no_time() -> None:
