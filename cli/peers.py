@@ -103,7 +103,7 @@ def _row(peer: dict[str, Any], own: bool) -> tuple[str, ...]:
         peer["id"],
         state,
         peer["role"],
-        peer["engine"],
+        f"{peer['engine']} {peer['engine_version']}".rstrip(),
         ",".join(peer["models"]) or "-",
         peer["address"],
         "-" if load["active_requests"] is None else f"{load['active_requests']}{queued}",

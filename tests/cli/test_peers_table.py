@@ -14,7 +14,8 @@ def peer(**changes: Any) -> dict[str, Any]:
         "detail": "",
         "progress": 1.0,
         "role": "aggregated",
-        "engine": "sim",
+        "engine": "vllm",
+        "engine_version": "0.26.0",
         "models": ["sim"],
         "address": "10.0.0.1:7400",
         "last_seen_s": 0.25,
@@ -27,13 +28,15 @@ UNKNOWN = dict.fromkeys(("active_requests", "active_blocks", "queued", "kv_used"
 
 
 def test_each_peer_is_a_row_and_the_one_asked_is_marked() -> None:
-    frontend = peer(id="f" * 16, name="f", role="frontend", engine="none", models=[], load=UNKNOWN)
+    frontend = peer(id="f" * 16, name="f", role="frontend", engine="none", engine_version="", models=[], load=UNKNOWN)
     lines = table({"cluster": "lab", "self": "f" * 16, "peers": [frontend, peer()]})
     assert lines[0] == "cluster lab: 2 peers, 2 ready"
     assert lines[2].split() == list(HEADER)
     assert lines[3].split()[:1] == ["f*"]
     assert lines[3].split()[-3:] == ["-", "-", "0.2s"]
-    assert " ".join(lines[4].split()) == "w1 00112233aabbccdd ready aggregated sim sim 10.0.0.1:7400 3+2 25% 0.2s"
+    assert (
+        " ".join(lines[4].split()) == "w1 00112233aabbccdd ready aggregated vllm 0.26.0 sim 10.0.0.1:7400 3+2 25% 0.2s"
+    )
     assert len(lines) == 5
 
 
