@@ -2,34 +2,93 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support.vllm_engine import Lab, Vllm
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-ARGS = (
-    "--cpu-shim", "--dtype", "float32", "--max-running-requests", "4", "--max-total-tokens", "16384",
-)  # fmt: skip
-
-
-def _installed() -> bool:
-    try:
-        return bool(version("sglang"))
-    except PackageNotFoundError:
-        return False
-
-
-needs_sglang = pytest.mark.skipif(not _installed(), reason="SGLang is not installed: tox -e sglang")
 Sglang = Vllm
+"""The driven engine is the same; only what it drives is not."""
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # Short, so that what is left open by a fault is seen to end.
+    "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": "8",
+    "SGLANG_DISAGGREGATION_WAITING_TIMEOUT": "20",
+    "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "5",
+}
+ARGS = ("--cpu-shim", "--dtype", "float32", "--max-running-requests", "4", "--max-total-tokens", "16384")
+START_S = 280.0
+"""Two that import SGLang, each in three processes, on two busy cores."""
+
+needs_sglang = pytest.mark.skipif(find_spec("sglang") is None, reason="SGLang is not installed: tox -e sglang")
+
+
+def prompt(length: int) -> list[int]:
+    """Random bytes, the same each time."""
+    rng = random.Random(length)
+    return [rng.randrange(256) for _ in range(length)]
 
 
 def make_lab(folder: Path, model: Path, *args: str) -> Lab:
     return Lab(folder, model, "sglang", (*ARGS, *args))
 
 
-def options(**more: Any) -> dict[str, Any]:
-    return more
+@dataclass(frozen=True)
+class Alone:
+    """What SGLang answers without p2pdyn: greedy token ids, and at each the gap between the two best logprobs."""
+
+    tokens: list[int]
+    gaps: list[float]
+
+
+def alone(model: Path, prompts: Iterable[list[int]], new_tokens: int) -> list[Alone]:
+    """Ask an sglang.Engine of its own, prompt by prompt, and end it."""
+    asked = json.dumps({"model": str(model), "prompts": list(prompts), "new_tokens": new_tokens})
+    done = subprocess.run(
+        [sys.executable, "-m", "support.sglang_engine"],
+        input=asked,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        check=False,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [Alone(*one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+def _main() -> None:
+    asked = json.load(sys.stdin)
+    from p2pdyn.engines.sglang import cpu_shim
+
+    cpu_shim.install()
+    import sglang
+
+    engine = sglang.Engine(
+        model_path=asked["model"], device="cpu", attention_backend="torch_native", dtype="float32", page_size=16,
+        mem_fraction_static=0.1, max_total_tokens=16384, max_running_requests=4, disable_cuda_graph=True,
+        disable_overlap_schedule=True, disable_radix_cache=True,
+    )  # fmt: skip
+    told = []
+    for prompt in asked["prompts"]:
+        params = {"temperature": 0.0, "max_new_tokens": asked["new_tokens"], "ignore_eos": True}
+        answer = engine.generate(input_ids=prompt, sampling_params=params, return_logprob=True, top_logprobs_num=2)
+        rows = answer["meta_info"]["output_top_logprobs"]
+        told.append((answer["output_ids"], [best[0] - second[0] for best, second in rows]))
+    print(json.dumps(told), flush=True)
+    engine.shutdown()
+
+
+if __name__ == "__main__":
+    _main()

@@ -31,6 +31,9 @@ waiting for room in its batch."""
 PULL_S = 120
 """How long the decode side waits for blocks, in which the prompt is computed too. What ends it earlier is a prefill
 worker that is gone."""
+RELEASE_S = 300
+"""How long the decode side keeps blocks out of use that a prefill worker may still write into, without a word from it:
+it has died, or stands still. SGLang's own default, 30 s, is less than a suspended host sleeps."""
 HEARTBEAT_S, MISSED = 2.0, 2
 """The decode side looks after its prefill servers so often, and gives up one that did not answer so many times."""
 
@@ -39,14 +42,13 @@ HEARTBEAT_S, MISSED = 2.0, 2
 class Arguments:
     """``server`` is SGLang's ServerArgs. ``publishers`` are the KV events' (events, replay, topic), one a rank, none if
     they are off. ``moves_kv`` as in EngineInfo; ``bootstrap`` is where a prefill's partners come to. ``folder`` is
-    ours, for sockets and whatever SGLang leaves; ``borrowed``: to be removed."""
+    ours, for sockets and whatever else SGLang leaves."""
 
     server: Any
     publishers: tuple[tuple[str, str, str], ...]
     moves_kv: str
     bootstrap: tuple[str, int]
     folder: Path
-    borrowed: bool
 
 
 def environment(options: EngineOptions) -> None:
@@ -56,6 +58,7 @@ def environment(options: EngineOptions) -> None:
     environ.setdefault("SGLANG_HOST_IP", options.host)
     environ.setdefault("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(ROOM_S))
     environ.setdefault("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", str(PULL_S))
+    environ.setdefault("SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT", str(RELEASE_S))
     environ.setdefault("SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL", str(HEARTBEAT_S))
     environ.setdefault("SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE", str(MISSED))
     if options.offline:
@@ -79,11 +82,11 @@ def parse(options: EngineOptions) -> Arguments:
         ) from error
     parser = _Parser(prog="sglang", add_help=False, allow_abbrev=False)
     ServerArgs.add_cli_args(parser)
-    folder, borrowed = _folder(options.data_dir)
+    folder = _folder(options.data_dir)
     given = [arg for arg in options.args if arg != CPU_SHIM]
     bootstrap = _bootstrap(options, _names(given))
     try:
-        parsed = parser.parse_args([*_defaults(options, folder, bootstrap[1]), *given])
+        parsed = parser.parse_args([*_defaults(options, bootstrap[1]), *given])
         publishers = _publish(parsed, folder)
         server = ServerArgs.from_cli_args(parsed)
     except EngineUsageError:
@@ -93,7 +96,7 @@ def parse(options: EngineOptions) -> Arguments:
     if options.role in ROLES:
         bootstrap = parsed.host, parsed.disaggregation_bootstrap_port
     moves_kv = _moves_kv(parsed)
-    return Arguments(server, publishers, moves_kv, bootstrap, folder, borrowed)
+    return Arguments(server, publishers, moves_kv, bootstrap, folder)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,7 +108,7 @@ def _names(args: Sequence[str]) -> set[str]:
     return {arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")}
 
 
-def _defaults(options: EngineOptions, folder: Path, bootstrap_port: int) -> list[str]:
+def _defaults(options: EngineOptions, bootstrap_port: int) -> list[str]:
     """Those flags that the user did not give. What is given twice counts the second time, but some exclude others."""
     given = _names(options.args)
     events = {"publisher": "zmq", "buffer_steps": 10_000}
@@ -140,17 +143,17 @@ def _defaults(options: EngineOptions, folder: Path, bootstrap_port: int) -> list
     return [part for name, values in wanted.items() for part in (name, *values)]
 
 
-def _folder(data_dir: Path) -> tuple[Path, bool]:
+def _folder(data_dir: Path) -> Path:
     """A folder that only this user can enter, emptied, with a path short enough for sockets."""
-    folder, borrowed = (data_dir / "sglang").absolute(), False
+    folder = (data_dir / "sglang").absolute()
     if len(os.fsencode(folder)) > MAX_IPC_PATH - 20:
-        folder, borrowed = Path(tempfile.mkdtemp(prefix="p2pdyn-sglang-")), True
+        folder = Path(tempfile.mkdtemp(prefix="p2pdyn-sglang-"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for old in folder.iterdir():
         if not old.is_dir():
             old.unlink()
     tempfile.tempdir = str(folder)  # SGLang makes its sockets as temporary files, and leaves them
-    return folder, borrowed
+    return folder
 
 
 # ---- KV events

@@ -7,8 +7,10 @@ Everything public here is called from the engine's thread; what SGLang answers i
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
@@ -19,12 +21,15 @@ from typing import Any
 from p2pdyn.engines.base import Held, Output
 from p2pdyn.engines.hosted import one_line
 from p2pdyn.engines.sglang import handoff
+from p2pdyn.engines.sglang.arguments import RELEASE_S
 from p2pdyn.engines.sglang.load import Loads
 from p2pdyn.engines.sglang.sampling import cut, from_sglang
 
+STILL_S = RELEASE_S / 2
 LOOK_S = 0.2
 """Between two looks at the schedulers' load, while anything is open."""
 CALL_S = 5.0
+CLOSE_S = 1.0
 WARM_TOKENS = 512
 WARM_S = 120.0
 
@@ -85,10 +90,14 @@ class Bridge:
         self._loop.call_soon_threadsafe(self._cancel, key)
 
     def close(self) -> None:
-        """The processes of SGLang end with their group, at once."""
+        """By force: SGLang's own way takes seconds, and nothing of it is wanted any more."""
         if self.engine is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(1.0)
+            self._thread.join(CLOSE_S)
+        for child in multiprocessing.active_children():
+            child.kill()
+        for child in multiprocessing.active_children():
+            child.join(CLOSE_S)
 
     # ---- the loop's thread
 
@@ -216,8 +225,13 @@ class Bridge:
         self._wake()
 
     async def _look(self) -> None:
-        """At the load, until all is over and the schedulers say so."""
+        """At the load, until all is over and the schedulers say so; and at the clock: a prefill that was stopped for
+        long may write into blocks that are others' by now."""
+        seen = boot_time()
         while not self.death:
+            before, seen = seen, boot_time()
+            if seen - before > STILL_S and any(job.held is not None for job, _ in self._jobs.values()):
+                self.die(f"this process stood still for {seen - before:.0f} s while others waited for its KV blocks")
             with suppress(Exception):  # of a version that tells it otherwise: the load is unknown then
                 if self.loads.update(await _soon(self.engine.tokenizer_manager.get_loads())):
                     self.moved = True
@@ -226,6 +240,11 @@ class Bridge:
                 break
             await asyncio.sleep(LOOK_S)
         self._looking = None
+
+
+def boot_time() -> float:
+    """Seconds, those included in which the host was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def _soon(call: Awaitable[Any]) -> Any:

@@ -68,6 +68,8 @@ class SglangEngine:
         self._eos: tuple[int, ...] = ()
         self._page_size = 1
         self._context = self._blocks = 0
+        self._ranks = 1
+        self._seeded = self._traced = False
         self._priority = 0
         """1 if lower values go first, -1 if higher ones do, 0 if SGLang does not go by priority."""
         self._quit = False
@@ -85,10 +87,9 @@ class SglangEngine:
         folder = folder_of(parsed.server.model_path, parsed.server.revision)
         bridge = self._start(parsed, progress)
         self._learn(bridge.engine)
-        features = self._features(bridge.engine)
+        features = self._features()
         card = card_of(folder, self._context, features)
         self._eos = card.eos_token_ids
-        ranks = self._value("dp_size")
         ways = tuple(self._value(name) for name in ("dtype", "quantization", "kv_cache_dtype"))
         progress(1.0, "ready")
         return EngineInfo(
@@ -102,7 +103,7 @@ class SglangEngine:
             self._context,
             features,
             weights_of(folder, (*ways, self._value("load_format") == "dummy")),
-            ranks=ranks,
+            ranks=self._ranks,
             kv_events=bool(parsed.publishers),
             publishers=parsed.publishers,
             moves_kv=parsed.moves_kv,
@@ -153,17 +154,20 @@ class SglangEngine:
         known = engine._scheduler_init_result.scheduler_infos[0]
         self._page_size = self._value("page_size")
         self._context = known["max_req_input_len"] + 1
-        self._blocks = known["max_total_num_tokens"] // self._page_size * self._value("dp_size")
+        self._ranks = self._value("dp_size")
+        self._blocks = known["max_total_num_tokens"] // self._page_size * self._ranks
+        self._seeded = bool(self._value("enable_deterministic_inference"))
+        self._traced = bool(self._value("enable_trace"))
         if self._value("enable_priority_scheduling"):
             self._priority = 1 if self._value("schedule_low_priority_values_first") else -1
         if self._value("enable_lora"):
             self._loras = frozenset(engine.tokenizer_manager.lora_ref_cache)
 
-    def _features(self, engine: Any) -> tuple[str, ...]:
+    def _features(self) -> tuple[str, ...]:
         found = list(sampling.ALWAYS)
         if not self._value("skip_tokenizer_init"):
             found += sampling.WITH_TOKENIZER
-        if self._value("enable_deterministic_inference"):
+        if self._seeded:
             found.append("seed")
         if self._loras:
             found.append("lora")
@@ -206,10 +210,9 @@ class SglangEngine:
     def _job(self, sequence: Sequence, room: int) -> Job:
         """Raises ValueError."""
         params = sequence.params
-        seeded = bool(self._value("enable_deterministic_inference"))
         ask: dict[str, Any] = {
             "input_ids": sequence.tokens.tolist(),
-            "sampling_params": sampling.to_sglang(sequence, room, self._eos, seeded),
+            "sampling_params": sampling.to_sglang(sequence, room, self._eos, self._seeded),
         }
         if params.logprobs is not None:
             ask |= {"return_logprob": True, "top_logprobs_num": params.logprobs}
@@ -217,11 +220,11 @@ class SglangEngine:
             ask["lora_path"] = params.lora
         if params.cache_salt:
             ask["cache_salt"] = params.cache_salt
-        if self._value("dp_size") > 1:
+        if self._ranks > 1:
             ask["routed_dp_rank"] = sequence.rank
         if self._priority:
             ask["priority"] = self._priority * params.priority
-        if self._value("enable_trace") and sequence.traceparent:
+        if self._traced and sequence.traceparent:
             ask["external_trace_header"] = {"traceparent": sequence.traceparent}
         held = None
         if sequence.hand_over:
@@ -289,7 +292,7 @@ class SglangEngine:
         if self._bridge is not None:
             self._bridge.close()
             self._bridge = None
-        if self._parsed is not None and self._parsed.borrowed:
+        if self._parsed is not None:
             shutil.rmtree(self._parsed.folder, ignore_errors=True)
 
     # ---- other threads, and signals

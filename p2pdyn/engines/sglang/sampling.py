@@ -7,6 +7,7 @@ from typing import Any
 
 from p2pdyn.core.types import SamplingParams
 from p2pdyn.engines.base import Output, Sequence
+from p2pdyn.engines.hosted import one_line
 
 ALWAYS = ("logprobs", "min_p", "penalties", "priority", "top_k")
 """Features that every SGLang has."""
@@ -71,7 +72,7 @@ def from_sglang(key: int, chunk: dict[str, Any], first: bool, alternatives: int 
     output = Output(key, tokens, _finish(ended) if ended else "")
     if output.finish == "error":
         output.tokens = ()  # an abort's last chunk repeats what was told already
-        output.detail = str(ended.get("message") or "SGLang gave the request up")
+        output.detail = one_line(ValueError(ended.get("message") or "SGLang gave the request up"))
         return output
     if first:
         output.cached = meta.get("cached_tokens") or 0

@@ -90,8 +90,22 @@ VLLM = Subject(
     patience_s=60.0,
 )
 
-SUBJECTS = {subject.name: subject for subject in (SIM, BUILTIN, NGRAM, VLLM)}
-DEFAULT = ("sim", "builtin", "ngram")
+_NO_SEEDS = "it goes by seeds only with --enable-deterministic-inference, which no attention backend for CPUs does"
+SGLANG = Subject(
+    "sglang",
+    "sglang",
+    ("--cpu-shim", "--dtype=float32", "--max-running-requests=4", "--context-length=1024", "--max-total-tokens=4096"),
+    _tiny_llama,
+    {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    {"seed": _NO_SEEDS, "resumed seed": _NO_SEEDS},
+    tie=1e-3,
+    distribution="sglang",
+    start_s=280.0,
+    patience_s=60.0,
+)
+
+SUBJECTS = {subject.name: subject for subject in (SIM, BUILTIN, NGRAM, VLLM, SGLANG)}
+DEFAULT = ("sim", "builtin", "ngram", "support.trtllm_subject:NEWEST")
 """Those that run wherever p2pdyn does."""
 
 
