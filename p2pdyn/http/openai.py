@@ -116,14 +116,13 @@ RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt",
 
 FEATURE_OF: Mapping[str, tuple[str, Any]] = {
     "min_p": ("min_p", 0.0),
+    "min_tokens": ("min_tokens", 0),
     "presence_penalty": ("penalties", 0.0),
     "frequency_penalty": ("penalties", 0.0),
     "repetition_penalty": ("penalties", 1.0),
 }
 """Parameter: (the engine feature that honours it, the value that asks for nothing)."""
-PARAMS = frozenset(
-    {"min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos", "priority", "cache_salt"}
-).union(FEATURE_OF)
+PARAMS = frozenset({"temperature", "top_p", "top_k", "seed", "ignore_eos", "priority", "cache_salt"}).union(FEATURE_OF)
 """Fields that are sampling parameters of the same name."""
 
 
@@ -251,6 +250,8 @@ def _params(given: dict[str, Any], card: ModelCard, logprobs: int | None) -> Sam
     params.top_k = max(0, params.top_k)
     if params.temperature == 0:
         params.seed = None
+    elif params.seed is not None and "seed" not in features:
+        raise _not_honoured("seed")
     elif params.seed is None:
         params.seed = random.getrandbits(63)  # another worker must be able to go on with the same stream
     else:
