@@ -24,9 +24,9 @@ MAX_QUEUED_TOKENS = 16 * 2**20
 WAIT_S = 60.0
 """Longest wait; few clients have more patience, and most of theirs is needed for the answer."""
 MAX_RETRY_S = 60
-QUEUE_S = 6.0
+QUEUE_S = 3.0
 """What may wait is what is served in this time, at the rate measured: a longer queue only outlasts the overload."""
-MIN_QUEUED = 128
+MIN_QUEUED = 64
 """... but so many may, however slow the workers are: half of them for one client."""
 MEASURED_S = 1.0
 """Nothing is known of the rate before."""
@@ -74,13 +74,15 @@ def saturation(target: Target, queue_s: float, limits: Limits) -> str:
 def supplied(target: Target, queue_s: float, late_s: float) -> bool:
     """Whether ``target`` has enough to begin with until it hears of more; whoever is sent there now waits behind that.
 
-    An engine whose batch is full (requests wait in it, and a first token is overdue) needs only what takes the places
-    that soon become free: a fourth of its batch. ``queue_s`` is its queued prefill, in seconds."""
+    An engine whose batch is full, or its KV cache (requests wait in it, and a first token is overdue), needs only what
+    takes the places that soon become free: a fourth of its batch. ``queue_s`` is its queued prefill, in seconds."""
     unstarted = target.unstarted
     if unstarted < MIN_SUPPLY:
         return unstarted > 1 and queue_s > SUPPLY_S
-    load = target.load
-    enough = max(MIN_SUPPLY, load.active_requests // 4) if load.queued and late_s else SUPPLY
+    load, enough = target.load, SUPPLY
+    if target.behind or (load.queued and late_s):
+        batch = load.slots if target.behind else load.active_requests
+        enough = max(MIN_SUPPLY, min(SUPPLY, batch // 4))
     return unstarted >= enough or queue_s > SUPPLY_S
 
 

@@ -67,9 +67,12 @@ class LoadMeter:
         """Tokens a second that the engine fetches by itself."""
         return 1.0 / max(self._pulls.token_s(now), 1e-9)
 
-    def event(self, epoch: int, load: Load, open_: int, block_bytes: int, pull_bps: float, now: float) -> LoadEvent:
+    def event(
+        self, epoch: int, load: Load, open_: int, block_bytes: int, pull_bps: float, now: float, slots: int = 0
+    ) -> LoadEvent:
         """The next load event. ``load`` is the engine's own, ``open_`` the requests that are open on this worker;
-        ``block_bytes`` and ``pull_bps`` say what it takes to move its KV blocks and others' to it, 0 if none can."""
+        ``block_bytes`` and ``pull_bps`` say what it takes to move its KV blocks and others' to it, 0 if none can;
+        ``slots`` is how many requests the engine runs at a time."""
         speed = self._speed
         self._seq += 1
         return LoadEvent(
@@ -90,4 +93,5 @@ class LoadMeter:
             block_bytes=block_bytes,
             pull_bps=pull_bps,
             work_s=speed.work_s(now),
+            slots=slots,
         )

@@ -184,7 +184,8 @@ class Router:
 
     def _decide(self, ask: Ask, targets: Sequence[Target], now: float) -> Decision | None:
         self._assume(targets, now)
-        queues = [target.queue_s(now) + target.late_s(now) if target.waits else 0.0 for target in targets]
+        output = self._output
+        queues = [target.wait_s(now, output) if target.waits else 0.0 for target in targets]
         allowed = self._allowed(ask, targets, queues)
         if not allowed:
             return None
@@ -194,7 +195,7 @@ class Router:
         shared = self._shared.count(ask.hashes[known - 1]) if known else 0
         view = View(
             ask.tokens, blocks, ask.block_size, targets, allowed, ask.exclude, queues, have, matched, known, credit,
-            shared, now, self._output, self._turn, self._draws,
+            shared, now, output, self._turn, self._draws,
         )  # fmt: skip
         costs = self._score(view)
         best = min(costs if len(allowed) == len(costs) else [costs[position] for position in allowed])

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import inf
+from operator import attrgetter
 from typing import NamedTuple
 
 from p2pdyn.core.disagg import OVERHEAD_S
@@ -133,6 +134,8 @@ def _lends(view: View, position: int) -> bool:
 
 Scorer = Callable[[View], list[float]]
 
+_behind = attrgetter("behind")
+
 
 def kv(view: View) -> list[float]:
     """Seconds."""
@@ -143,13 +146,17 @@ def kv(view: View) -> list[float]:
         matches, credits, copies = [0] * len(matches), [0.0] * len(matches), {0: 0.0}
     else:
         copies = _copies(matches, view.shared) if min(matches) < known else {known: 0.0}
+    # Little work of late is no reason to wait for a place in a full batch: there it counts as the most of all.
+    most_s = max(target.recent_s(now) for target in view.targets) if any(map(_behind, view.targets)) else 0.0
     costs: list[float] = []
     for target, queue, matched, credit in zip(view.targets, view.queues, matches, credits, strict=True):
         compute = (left if (left := tokens - credit * size) > 0.0 else 0.0) + copies[matched] * size
         cost = queue + compute / target.tps + REQUEST_S * target.requests
         if target.itl_per_block_s:
             cost += DECODE_WEIGHT * target.itl_per_block_s * (target.decode_blocks + blocks) * output
-        if target.work:
+        if target.behind:
+            cost += RECENT_WEIGHT * most_s
+        elif target.work:
             cost += RECENT_WEIGHT * target.recent_s(now)
         if target.block_pull_s and matched < known:
             lender = _lender(view)

@@ -8,7 +8,8 @@ drained at the measured speed since, plus what this frontend sent after it.  A r
 under way when it was made: what was sent less than :data:`IN_FLIGHT_S` before it came is added to it, all else of ours
 is in it already.  docs/design/routing.md states the error.
 
-Requests and decode blocks are counts: ours are known; others' are what a report shows beyond ours.
+Requests and decode blocks are counts: ours are known; others' are what a report shows beyond ours.  With as many
+requests as its engine runs at a time, the next one waits until one ends, too.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class Target:
     __slots__ = (
         "_as_of", "_assumed_tps", "_due", "_open", "_recent", "_reported", "_timed", "_tokens", "_worked",
         "approximate",
-        "block_pull_s", "decode_blocks", "itl_per_block_s", "load", "moves_kv", "my_blocks", "my_pending", "others",
-        "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "tps", "waits",
-        "work", "worker",
+        "behind", "block_pull_s", "decode_blocks", "itl_per_block_s", "load", "moves_kv", "my_blocks", "my_pending",
+        "others", "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "token_s", "tps",
+        "waits", "work", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +81,11 @@ class Target:
         self.block_pull_s = 0.0
         """Seconds in which it reads a KV block from another worker; 0: not measured, or it cannot."""
         self.waits = False
-        """Prefill may be queued there: :meth:`queue_s` is asked. Otherwise it is 0."""
+        """Prefill may be queued there, or its batch is full: :meth:`wait_s` is asked. Otherwise it is 0."""
+        self.behind = 0
+        """Requests that have to end before one sent now has a place in its batch."""
+        self.token_s = 0.0
+        """Seconds from one token to the next, over all places of its batch; 0: not measured, or the batch not known."""
         self.requests = 0
         """Open requests there, of all frontends."""
         self.decode_blocks = 0
@@ -116,6 +121,7 @@ class Target:
         self._believe(now)
         self.itl_per_block_s = load.itl_per_block_ms * 1e-3
         self.block_pull_s = load.block_bytes / load.pull_bps if load.pull_bps else 0.0
+        self.token_s = load.itl_ms * 1e-3 / load.slots if load.slots else 0.0
         tokens, requests = load.prefill_tokens_queued, len(self._open) - self.promised
         blocks = self.my_blocks - self.promised_blocks
         recent = self._recent
@@ -212,6 +218,12 @@ class Target:
     def _count(self) -> None:
         self.requests = len(self._open) + self.others
         self.decode_blocks = self.my_blocks + self.others_blocks
+        slots = self.load.slots
+        if slots and self.requests >= slots:
+            self.behind = self.requests + 1 - slots
+            self.waits = True
+        else:
+            self.behind = 0
 
     # What is believed.
 
@@ -232,8 +244,8 @@ class Target:
         return len(self._due)
 
     def late_s(self, now: float) -> float:
-        """For how long a first token has been overdue: what holds it up, a batch or a KV cache that is full as a rule,
-        holds up whatever is sent now. No report tells how long that takes, so the wait itself is the measure."""
+        """For how long a first token has been overdue: what holds it up, a KV cache that is full as a rule, holds up
+        whatever is sent now. No report tells how long that takes, so the wait itself is the measure."""
         for due in self._due.values():
             return max(0.0, now - due - LATE_S)
         return 0.0
@@ -243,10 +255,15 @@ class Target:
         if not self.waits:
             return 0.0
         tokens = self.prefill_tokens(now)
-        if not tokens and not self.my_pending:
+        if not (tokens or self.my_pending or self.behind):
             self.waits = False  # until something is sent or reported
             self._tokens = 0.0
         return tokens / self.tps
+
+    def wait_s(self, now: float, output: float) -> float:
+        """Seconds until a prompt sent now is begun with, and has a place: places become free one after the other, each
+        after ``output`` tokens."""
+        return self.queue_s(now) + max(self.late_s(now), self.behind * output * self.token_s)
 
     def recent_s(self, now: float) -> float:
         """Seconds of prefill that it was sent, decayed with WORK_MEMORY_S."""

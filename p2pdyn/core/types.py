@@ -172,6 +172,8 @@ class Load:
     work_s: float = 0.0
     """Seconds of prefill taken on, those of long ago for less (:data:`p2pdyn.constants.WORK_MEMORY_S`); 0 until the
     speed is measured."""
+    slots: int = 0
+    """Requests that the engine runs at a time; 0: not known."""
 
 
 @dataclass(slots=True)

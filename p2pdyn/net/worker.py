@@ -488,7 +488,7 @@ class WorkerService:
             self._load_timer.cancel()
             self._load_timer = None
         self._was_busy = self.open > 0
-        event = self._meter.event(self._epoch, self.load, self.open, *self._moves(), monotonic())
+        event = self._meter.event(self._epoch, self.load, self.open, *self._moves(), monotonic(), self._batch)
         self._events.send((TOPIC_LOAD, encode(event)))
 
 

@@ -264,4 +264,5 @@ def _load(event: LoadEvent) -> Load:
         event.block_bytes,
         event.pull_bps,
         event.work_s,
+        event.slots,
     )

@@ -38,6 +38,7 @@ class LoadEvent:
     block_bytes: U64 = 0
     pull_bps: Annotated[float, Bound(0, 1e15)] = 0.0
     work_s: Annotated[float, Bound(0, 1e12)] = 0.0
+    slots: U32 = 0
 
 
 MAX_OPS = 4 * 2**20 - 1024

@@ -162,7 +162,7 @@ def test_a_full_queue_is_429_with_the_time_that_the_queue_will_take() -> None:
     assert len(queue) == 10
 
 
-@pytest.mark.parametrize(("each_s", "room"), [(0.001, MAX_QUEUED), (0.02, 300), (1.0, MIN_QUEUED)])
+@pytest.mark.parametrize(("each_s", "room"), [(0.001, MAX_QUEUED), (0.02, 150), (1.0, MIN_QUEUED)])
 def test_what_may_wait_is_what_is_served_in_some_seconds(each_s: float, room: int) -> None:
     queue, now, number = Admission(), 0.0, 0
     while now < 2.0 or number < 10:
@@ -194,11 +194,11 @@ def test_a_client_over_its_share_is_told_when_its_own_will_have_been_served() ->
         queue.wait(number, 0.0, client="steady")
     for number in range(10):
         assert queue.next(number + 1.0) == number
-    for number in range(40):
+    for number in range(22):
         queue.wait(100 + number, 10.0, client="flood")
-    with pytest.raises(Rejected, match="40 of your requests") as refused:
+    with pytest.raises(Rejected, match="22 of your requests") as refused:
         queue.wait("late", 10.0, client="flood")
-    assert refused.value.failure.retry_after in (MAX_RETRY_S, MAX_RETRY_S - 1)  # 60 wait, one a second
+    assert refused.value.failure.retry_after in (41, 42)  # 42 wait, one a second
 
 
 def test_while_nothing_moves_the_estimate_grows() -> None:
