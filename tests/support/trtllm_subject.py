@@ -17,7 +17,7 @@ _FOLDER = Path(tempfile.mkdtemp(prefix="p2pdyn-trtllm-"))
 atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 
 
-_ARGS = (
+ARGS = (
     "--max-batch-size=4",
     "--max-seq-len=1024",
     "--max-num-tokens=2048",
@@ -30,10 +30,11 @@ def _subject(name: str, version: str, **cannot: str) -> Subject:
     return Subject(
         name,
         "trtllm",
-        _ARGS,
+        ARGS,
         lambda folder: str(trtllm_package.model(folder / "bytes")),
         trtllm_package.environment(_FOLDER, version),
         {"eos": "the double's tokens are printable, never an end token", **cannot},
+        apart=True,
     )
 
 

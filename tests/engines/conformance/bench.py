@@ -24,6 +24,7 @@ from p2pdyn.engines import registry
 from p2pdyn.engines.base import (
     EngineInfo,
     EngineOptions,
+    Held,
     KvEvent,
     Sequence,
     Step,
@@ -260,14 +261,21 @@ class Driven:
         return self.ask(request(prompt, output, **params))[0].tokens
 
     def told(self, kind: type[NoteT], sequence: Sequence) -> NoteT:
-        """The note of this kind for ``sequence``, once it is there."""
+        """The first note of this kind for ``sequence``, once it is there."""
 
         def found() -> list[NoteT]:
             return [note for note in self.notes if isinstance(note, kind) and note.key == sequence.key]
 
         self.until(found, f"a {kind.__name__}")
-        (note,) = found()
-        return note
+        return found()[0]
+
+    def handed_over(self, sequence: Sequence) -> None:
+        """Wait for the end of a hand-over that was told before it was computed, as SGLang's."""
+
+        def over() -> bool:
+            return any(isinstance(note, Held) and note.key == sequence.key and note.computed for note in self.notes)
+
+        self.until(over, "the end of the hand-over")
 
     def nothing_is_used(self) -> None:
         """Wait until the engine says that no sequence, lease or reservation holds anything."""

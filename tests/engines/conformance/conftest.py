@@ -13,7 +13,7 @@ CHOSEN = pytest.StashKey[list[Subject]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    known = ", ".join(subjects.SUBJECTS)
+    known = ", ".join((*subjects.SUBJECTS, *subjects.ELSEWHERE))
     parser.addoption(
         "--engine",
         action="append",

@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from support import vllm_engine
+
 CAPABILITIES = frozenset(
     {"cache_salt", "eos", "hand over", "kv events", "logprobs", "min_tokens", "resumed seed", "seed"}
 )
@@ -34,6 +36,8 @@ class Subject:
     environment: Mapping[str, str] = field(default_factory=dict)
     cannot: Mapping[str, str] = field(default_factory=dict)
     tie: float = 0.0
+    apart: bool = False
+    """It computes on threads or processes of its own, so that a step may find several tokens of a sequence."""
     distribution: str = ""
     """Module without which the engine cannot run here."""
     start_s: float = 30.0
@@ -75,21 +79,14 @@ VLLM = Subject(
     "vllm",
     ("--enforce-eager", "--dtype=float32", "--max-num-seqs=4", "--max-model-len=1024", "--num-gpu-blocks-override=128"),
     _tiny_llama,
-    {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "UCX_TLS": "tcp,self",
-    },
+    {**vllm_engine.ENVIRONMENT, "UCX_TLS": "tcp,self"},
     {"resumed seed": "its generator does not count by position"},
     tie=1e-3,
+    apart=True,
     distribution="vllm",
     start_s=280.0,
     patience_s=60.0,
 )
-
 _NO_SEEDS = "it goes by seeds only with --enable-deterministic-inference, which no attention backend for CPUs does"
 SGLANG = Subject(
     "sglang",
@@ -99,13 +96,16 @@ SGLANG = Subject(
     {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     {"seed": _NO_SEEDS, "resumed seed": _NO_SEEDS},
     tie=1e-3,
+    apart=True,
     distribution="sglang",
     start_s=280.0,
     patience_s=60.0,
 )
 
 SUBJECTS = {subject.name: subject for subject in (SIM, BUILTIN, NGRAM, VLLM, SGLANG)}
-DEFAULT = ("sim", "builtin", "ngram", "support.trtllm_subject:NEWEST")
+ELSEWHERE = {"trtllm": "support.trtllm_subject:NEWEST"}
+"""TensorRT-LLM's is its double."""
+DEFAULT = ("sim", "builtin", "ngram", "trtllm")
 """Those that run wherever p2pdyn does."""
 
 
@@ -113,9 +113,10 @@ def find(name: str) -> Subject:
     """By name, or ``package.module:ATTRIBUTE``. Raises ValueError with a sentence."""
     if name in SUBJECTS:
         return SUBJECTS[name]
-    module, colon, attribute = name.partition(":")
+    module, colon, attribute = ELSEWHERE.get(name, name).partition(":")
     if not colon:
-        raise ValueError(f"engine {name!r} is not known: use one of {', '.join(SUBJECTS)}, or MODULE:SUBJECT")
+        known = ", ".join((*SUBJECTS, *ELSEWHERE))
+        raise ValueError(f"engine {name!r} is not known: use one of {known}, or MODULE:SUBJECT")
     if "" not in sys.path:
         sys.path.insert(0, "")
     subject = getattr(import_module(module), attribute)

@@ -96,10 +96,13 @@ def test_logprobs_are_of_the_chosen_token_and_of_the_likeliest(engine: Driven) -
 
 
 def test_tokens_are_told_as_they_come(engine: Driven) -> None:
-    """One a step. An engine that computes elsewhere may have had two of them to tell at times, on a busy host."""
+    """One a step; never all at the end."""
     (answer,) = engine.ask(request(prompt(18), max_tokens=64))
     assert sum(answer.deltas) == len(answer.tokens) == 64
-    assert len(answer.deltas) > 48
+    if engine.subject.apart:
+        assert len(answer.deltas) > 8
+    else:
+        assert answer.deltas == [1] * 64
 
 
 def test_a_stop_token_ends_and_is_the_last(engine: Driven) -> None:

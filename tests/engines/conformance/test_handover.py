@@ -45,13 +45,15 @@ def hand_over(pair: Pair, prompt: list[int], **params: Any) -> tuple[Sequence, H
     return asked, pair.prefill.told(Held, asked)
 
 
-def decode(pair: Pair, held: Held, prompt: list[int], filled: bool = True) -> Answer:
+def decode(pair: Pair, handed: Sequence, held: Held, filled: bool = True) -> Answer:
     """Take over by the engine's own means; not ``filled``: what arrives is no KV."""
+    prompt = handed.tokens
     asked = request(prompt, max_tokens=NEW_TOKENS)
     if pair.decode.info.moves_kv:
         pair.decode.submit(replace(asked, remote=held.params if filled else b"\x01nonsense"))
         answer = pair.decode.answer(asked)
         pair.prefill.order(Release(held.key))
+        pair.prefill.handed_over(handed)
         return answer
     pair.decode.submit(replace(asked, pull=len(held.blocks)))
     if held.blocks:
@@ -83,8 +85,7 @@ def test_both_say_how_they_move_kv(pair: Pair) -> None:
 @pytest.mark.parametrize("blocks", [0.5, 1.0, 2.3, 8.0, 20.1])
 def test_the_answer_is_that_of_one_engine(engine: Driven, pair: Pair, blocks: float) -> None:
     prompt = words(int(blocks * engine.info.block_size))
-    _, held = hand_over(pair, prompt)
-    answer = decode(pair, held, prompt)
+    answer = decode(pair, *hand_over(pair, prompt))
     assert answer.finish == "length", answer.detail
     asked, expected = request(prompt, max_tokens=NEW_TOKENS), engine.text(prompt, max_tokens=NEW_TOKENS)
     same_tokens(engine, asked, expected, answer.tokens)
@@ -96,18 +97,18 @@ def test_it_is_so_too_where_some_of_it_is_cached(engine: Driven, pair: Pair) -> 
     asked, expected = request(prompt, max_tokens=NEW_TOKENS), engine.text(prompt, max_tokens=NEW_TOKENS)
     head = prompt[: 2 * engine.info.block_size + 1]
     for begun in (head, prompt, prompt):
-        _, held = hand_over(pair, begun)
-        answer = decode(pair, held, begun)
+        answer = decode(pair, *hand_over(pair, begun))
     same_tokens(engine, asked, expected, answer.tokens)
     pair.nothing_is_used()
 
 
 def test_a_hand_over_tells_no_token_and_its_release_frees_all(pair: Pair) -> None:
     asked, held = hand_over(pair, words(200))
-    assert asked.key not in pair.prefill.answers
     assert bool(held.params) == bool(pair.prefill.info.moves_kv)
     pair.prefill.order(Release(held.key), Release(10**9))
+    pair.prefill.handed_over(asked)
     pair.nothing_is_used()
+    assert asked.key not in pair.prefill.answers
 
 
 def test_an_aborted_prefill_holds_nothing(pair: Pair) -> None:
@@ -122,13 +123,12 @@ def test_what_was_not_moved_is_computed_or_refused(engine: Driven, pair: Pair) -
     """Never a wrong token, and the next one is served as ever."""
     prompt = words(5 * engine.info.block_size + 2, 2)
     expected = engine.text(prompt, max_tokens=NEW_TOKENS)
-    _, held = hand_over(pair, prompt)
-    answer = decode(pair, held, prompt, filled=False)
+    answer = decode(pair, *hand_over(pair, prompt), filled=False)
     if answer.finish == "error":
         assert answer.tokens == []
         assert answer.detail
     else:
         same_tokens(engine, request(prompt, max_tokens=NEW_TOKENS), expected, answer.tokens)
-    _, held = hand_over(pair, prompt)
-    same_tokens(engine, request(prompt, max_tokens=NEW_TOKENS), expected, decode(pair, held, prompt).tokens)
+    again = decode(pair, *hand_over(pair, prompt))
+    same_tokens(engine, request(prompt, max_tokens=NEW_TOKENS), expected, again.tokens)
     pair.nothing_is_used()

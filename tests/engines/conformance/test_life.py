@@ -24,6 +24,7 @@ def test_one_that_stands_still_is_seen_and_goes_on(bench: Bench, engine: Driven,
     asked = request(PROMPT, max_tokens=NEW_TOKENS)
     engine.freeze()
     try:
+        bench.run(asyncio.sleep(0.1), 10)  # what it had told before arrives
         engine.submit(asked)
         since, steps = engine.runner.last_step_s, engine.runner.steps
         turns = count()
