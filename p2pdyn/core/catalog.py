@@ -118,5 +118,6 @@ def _difference(one: ServedModel, other: ServedModel) -> str:
     if one.block_size != other.block_size:
         return f"block sizes {one.block_size} and {other.block_size}"
     if one.card != other.card:
-        return f"model cards {one.card} and {other.card} (tokenizer, chat template, context or generation defaults)"
+        what = "tokenizer, chat template, context, generation defaults or what the engine honours"
+        return f"model cards {one.card} and {other.card} ({what})"
     return "other weights, engine arguments that stand for them, or hash parameters"
