@@ -13,10 +13,12 @@ import msgpack
 import pytest
 from support.engines import sequence
 
+from p2pdyn.engines import leftovers, side_port
 from p2pdyn.engines.base import EngineOptions, EngineUsageError, Held, Output
 from p2pdyn.engines.hosted import budget, one_line
-from p2pdyn.engines.vllm import arguments, handoff, leftovers, sampling, versions
-from p2pdyn.engines.vllm.logtap import STAGES, LogTap
+from p2pdyn.engines.logtap import LogTap
+from p2pdyn.engines.vllm import arguments, handoff, sampling, versions
+from p2pdyn.engines.vllm.logtap import ERROR, STAGES, VAGUE
 from p2pdyn.engines.vllm.stats import Stats
 
 
@@ -110,7 +112,7 @@ def test_a_taken_side_channel_port_is_an_error_not_a_hang() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(EngineUsageError, match=f"127.0.0.1:{port}"):
-            arguments._check_port("127.0.0.1", port)
+            side_port.choose("127.0.0.1", port, 1, "vLLM's NIXL side channel")
 
 
 def test_load_adds_ranks_up_and_is_nothing_when_idle() -> None:
@@ -138,6 +140,7 @@ def test_the_log_tells_stages_and_causes() -> None:
     told: list[tuple[float, str]] = []
     tap = LogTap.__new__(LogTap)
     tap._on_stage, tap._fraction, tap.error = lambda fraction, what: told.append((fraction, what)), 0.0, ""
+    tap._stages, tap._error, tap._vague = STAGES, ERROR, VAGUE
     tap.look(b"(Worker pid=3) INFO 11-22 22:46:06 [cpu_model_runner.py:68] Starting to load model /m...")
     tap.look(b"INFO Starting to load model again")
     tap.look(b"(Worker pid=3) INFO 11-22 22:46:06 [default_loader.py:501] Loading weights took 0.02 seconds")

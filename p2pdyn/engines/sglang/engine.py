@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from p2pdyn.core.types import DECODE, PREFILL, Load
+from p2pdyn.engines import leftovers
 from p2pdyn.engines.base import (
     EngineError,
     EngineInfo,
@@ -84,6 +85,7 @@ class SglangEngine:
         if self._options.model and os.path.isdir(self._options.model):
             card_of(folder_of(self._options.model, None), 0, ())  # tells what it lacks before a long import
         parsed = self._parsed = arguments.parse(self._options)
+        leftovers.remove(self._options.data_dir)
         folder = folder_of(parsed.server.model_path, parsed.server.revision)
         bridge = self._start(parsed, progress)
         self._learn(bridge.engine)
@@ -140,6 +142,7 @@ class SglangEngine:
             reason = tap.error or one_line(bridge.failure)
             raise EngineError(f"SGLang could not start: {reason}") from bridge.failure
         self._bridge = bridge
+        leftovers.record(self._options.data_dir)
         return bridge
 
     def _value(self, name: str) -> Any:
@@ -292,6 +295,7 @@ class SglangEngine:
         if self._bridge is not None:
             self._bridge.close()
             self._bridge = None
+            leftovers.remove(self._options.data_dir)
         if self._parsed is not None:
             shutil.rmtree(self._parsed.folder, ignore_errors=True)
 

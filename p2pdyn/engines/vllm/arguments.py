@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from secrets import randbelow
 from typing import Any, NoReturn
 
-from p2pdyn.engines.base import EngineError, EngineOptions, EngineUsageError
+from p2pdyn.engines import side_port
+from p2pdyn.engines.base import EngineOptions, EngineUsageError
 from p2pdyn.engines.hosted import adapters, one_line
 
 LEASE_S = 12
@@ -22,8 +20,6 @@ ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 """A node's role, and what vLLM calls it. One that is neither gets no connector."""
 MAX_IPC_PATH = 90
 """Bytes: the kernel takes 107, the rank is appended."""
-SIDE_PORTS = range(20_000, 30_000)
-"""Where free ones are looked for: below those that Linux gives to outgoing connections."""
 CPU_BLOCK_SIZE = 32
 """vLLM's kernels for CPUs want multiples of it; its own default there, 128, makes prefixes coarse."""
 
@@ -145,45 +141,10 @@ def _transfer(engine: Any, options: EngineOptions, cpu: bool) -> str:
         config.engine_id = f"{options.node}-{options.epoch}"
     config.kv_connector_extra_config.setdefault("kv_lease_duration", LEASE_S)
     ranks = engine.data_parallel_size
-    port = options.side_port or int(os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT") or _free_port(options.host, ranks))
-    for rank in range(ranks):
-        _check_port(options.host, port + rank)
+    wanted = options.side_port or int(os.environ.get("VLLM_NIXL_SIDE_CHANNEL_PORT") or 0)
+    port = side_port.choose(options.host, wanted, ranks, "vLLM's NIXL side channel")
     os.environ["VLLM_NIXL_SIDE_CHANNEL_HOST"] = options.host
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
     if cpu:
         os.environ.setdefault("UCX_TLS", "tcp,self,sm")
     return "nixl"
-
-
-def _free_port(host: str, count: int) -> int:
-    """The first of ``count`` free ones. vLLM binds them a minute later, so not where the kernel takes ports for
-    connections from."""
-    for _ in range(100):
-        first = SIDE_PORTS.start + randbelow(len(SIDE_PORTS) - count)
-        with suppress(OSError):
-            for port in range(first, first + count):
-                _bound(host, port).close()
-            return first
-    where = f"{SIDE_PORTS.start} to {SIDE_PORTS.stop - 1}"
-    raise EngineError(f"vLLM's NIXL side channel finds no free port from {where}: give the node a --port")
-
-
-def _check_port(host: str, port: int) -> None:
-    """vLLM would wait for ever for a side channel that cannot be bound."""
-    try:
-        _bound(host, port).close()
-    except OSError as error:
-        raise EngineUsageError(
-            f"vLLM's NIXL side channel cannot use {host}:{port} ({error.strerror}): free the port or choose another"
-        ) from error
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from p2pdyn.core.types import Load
+from p2pdyn.engines import leftovers
 from p2pdyn.engines.base import (
     EngineError,
     EngineInfo,
@@ -23,9 +24,10 @@ from p2pdyn.engines.base import (
     TransferOrder,
 )
 from p2pdyn.engines.hosted import budget, card_of, folder_of, joined, log_to_stderr, one_line, weights_of
-from p2pdyn.engines.vllm import arguments, handoff, leftovers, sampling, versions
+from p2pdyn.engines.logtap import LogTap
+from p2pdyn.engines.vllm import arguments, handoff, sampling, versions
 from p2pdyn.engines.vllm.bridge import Bridge, Job
-from p2pdyn.engines.vllm.logtap import LogTap
+from p2pdyn.engines.vllm.logtap import ERROR, STAGES, VAGUE
 from p2pdyn.engines.vllm.stats import Stats
 
 MAX_HELD = 4096
@@ -101,7 +103,7 @@ class VllmEngine:
         assert self._parsed is not None
         args = self._parsed.engine
         stages: queue.SimpleQueue[tuple[float, str]] = queue.SimpleQueue()
-        tap = self._tap = LogTap(lambda fraction, what: stages.put((fraction, what)))
+        tap = self._tap = LogTap(lambda *stage: stages.put(stage), STAGES, ERROR, VAGUE, descriptors=(1,))
 
         def build() -> Any:
             return AsyncLLM.from_vllm_config(

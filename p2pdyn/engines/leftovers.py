@@ -1,4 +1,4 @@
-"""Shared memory that vLLM's processes leave in /dev/shm when they are killed: hundreds of megabytes, and for ever.
+"""Shared memory that engines' processes leave in /dev/shm when they are killed: hundreds of megabytes, and for ever.
 
 Their own trackers would remove it, but end with the rest of the process group.  So its names are kept in the node's
 data folder, which one node at a time uses, and the next start removes what an end by force has left.
@@ -10,9 +10,9 @@ import os
 import re
 from pathlib import Path
 
-RECORD = "vllm-shm"
+RECORD = "engine-shm"
 SHARED = Path("/dev/shm")
-NAME = re.compile(r"(psm_[0-9a-f]+|sem\.mp-\w+)")
+NAME = re.compile(r"(psm_[0-9a-f]+|sem\.mp-\w+|sglang_loads_[\w.-]+\.shm)")
 
 
 def record(data_dir: Path) -> None:
