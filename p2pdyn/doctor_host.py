@@ -43,6 +43,7 @@ PACKAGES = {
     "nixl": ("nixl",),
 }
 """What each engine, and KV transfer, comes from. Only their metadata is read: importing one takes seconds and a GPU."""
+UNTRIED = {"trtllm": " (its adapter is written to the API of 1.2 and 1.3, not run on hardware by us)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +250,8 @@ def judge_packages(versions: Mapping[str, str | None]) -> list[Finding]:
     for extra, names in PACKAGES.items():
         have = {name: versions.get(name) for name in names}
         if all(have.values()):
-            findings.append(Finding("engines", OK, f"{extra}: " + ", ".join(f"{n} {v}" for n, v in have.items())))
+            found = f"{extra}: " + ", ".join(f"{n} {v}" for n, v in have.items())
+            findings.append(Finding("engines", OK, found + UNTRIED.get(extra, "")))
         elif extra == "builtin":
             lack = ", ".join(n for n, v in have.items() if not v)
             findings.append(
