@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from p2pdyn.core.types import DECODE, PREFILL
 from p2pdyn.engines import side_port
 from p2pdyn.engines.base import EngineOptions, EngineUsageError
 from p2pdyn.engines.hosted import one_line
+
+log = logging.getLogger(__name__)
 
 CPU_SHIM = "--cpu-shim"
 """Ours: run without a GPU and without SGLang's CPU kernels (:mod:`p2pdyn.engines.sglang.cpu_shim`)."""
@@ -198,5 +201,17 @@ def _moves_kv(parsed: argparse.Namespace) -> str:
         return ""
     from sglang.version import __version__
 
+    _look_for_late_release()
     backend = parsed.disaggregation_transfer_backend
     return f"{BACKENDS.get(backend, f'sglang-{backend}')}-{__version__}"[:63] + "!"
+
+
+def _look_for_late_release() -> None:
+    """Older versions give blocks back at once when a pull is given up."""
+    from sglang.srt.environ import envs
+
+    if not hasattr(envs, "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE"):
+        log.warning(
+            "this version of SGLang uses KV blocks again while an abandoned transfer may still write into them: "
+            "answers may be wrong after aborted requests; use 0.5.23 for prefill and decode apart"
+        )
