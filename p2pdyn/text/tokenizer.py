@@ -33,6 +33,9 @@ MAX_PIECE = 64
 """Characters: the last word of a prompt carries the template's closing, some 40 characters."""
 MARK = " "
 """Stands for the text's beginning or end in a piece: a word of the text cannot contain it, so nothing is mistaken."""
+LIBRARY_CACHE = 512
+"""Words whose ids the library remembers itself. Its own bound is 10,000, and what a pre-tokenizer does not split is one
+word: texts of up to 256 characters, some kilobytes each, 40 MB of what hardly ever comes again."""
 MAX_MISSES = 32
 """New pieces that one text may add: with more, the whole text is encoded in one go."""
 
@@ -81,6 +84,9 @@ class Tokenizer:
             raise
         except BaseException as error:  # a Rust panic is no Exception
             raise TokenizerError(f"the model's tokenizer cannot be used: {str(error)[:256]}") from error
+        resize = getattr(self._inner.model, "_resize_cache", None)  # BPE and Unigram have one
+        if resize is not None:
+            resize(LIBRARY_CACHE)
         self._inner.no_truncation()
         self._inner.no_padding()
         self.vocabulary: int = self._inner.get_vocab_size(with_added_tokens=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -116,6 +119,24 @@ def test_token_by_token_gives_the_text_of_the_whole(name: str, text: str, noise:
         stream = ours.detokenizer()
         assert "".join([*map(stream.push, tokens), stream.finish()]) == whole
         assert ours.decode(tokens) == whole
+
+
+def test_texts_that_come_once_are_not_kept() -> None:
+    encode = """
+import random, string
+from pathlib import Path
+from p2pdyn.text.card import byte_level
+from p2pdyn.text.tokenizer import Tokenizer
+
+tokenizer, rng, pages = Tokenizer(byte_level().tokenizer_json), random.Random(1), []
+for number in range(6001):
+    tokenizer.encode("".join(rng.choices(string.ascii_letters + "  ", k=200)), False)
+    if number % 3000 == 0:
+        pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
+print(pages[-1] - pages[-2])
+"""
+    pages = subprocess.run([sys.executable, "-c", encode], check=True, capture_output=True, text=True, timeout=60)
+    assert int(pages.stdout) * 4096 < 2 * 2**20
 
 
 def test_a_tokenizer_that_cannot_be_used_is_a_sentence() -> None:
