@@ -26,6 +26,7 @@ from p2pdyn.engines.sglang.load import Loads
 from p2pdyn.engines.sglang.sampling import cut, from_sglang
 
 STILL_S = RELEASE_S / 2
+"""A clock that advanced this far between two looks means that this process stood still."""
 LOOK_S = 0.2
 """Between two looks at the schedulers' load, while anything is open."""
 CALL_S = 5.0
@@ -37,7 +38,7 @@ WARM_S = 120.0
 @dataclass(slots=True)
 class Job:
     """One sequence under way. ``ask`` are async_generate's arguments; ``held``: what to tell of a prompt that is handed
-    over; ``stops``: tokens at which we end it."""
+    over; ``stops``: tokens at which we end it; ``silent``: nothing has come of it yet."""
 
     key: int
     ask: dict[str, Any]
@@ -173,14 +174,12 @@ class Bridge:
             self._put(Held(job.key, cached=len(job.ask["input_ids"]) if job.silent else job.held.cached))
 
     def _cancel(self, key: int) -> None:
+        """SGLang aborts what has reached its scheduler, and forgets what has not when the task ends."""
         known = self._jobs.get(key)
         if known is not None:
-            self._drop(*known)
-
-    def _drop(self, job: Job, task: asyncio.Task[None]) -> None:
-        """SGLang aborts what has reached its scheduler, and forgets what has not when the task ends."""
-        self.engine.tokenizer_manager.abort_request(job.rid)
-        task.cancel()
+            job, task = known
+            self.engine.tokenizer_manager.abort_request(job.rid)
+            task.cancel()
 
     async def _serve(self, job: Job) -> None:
         try:
@@ -197,11 +196,13 @@ class Bridge:
 
     def _take(self, job: Job, chunk: dict[str, Any]) -> bool:
         """Whether nothing more of it is wanted."""
-        first, job.silent = job.silent, False
+        meta = chunk["meta_info"]
         if job.held is not None:
-            cached = chunk["meta_info"].get("cached_tokens") or 0
-            job.held = Held(job.key, cached=cached)
+            ended = meta["finish_reason"]
+            if ended is None or ended["type"] != "abort":
+                job.held, job.silent = Held(job.key, cached=meta.get("cached_tokens") or 0), False
             return False
+        first, job.silent = job.silent, False
         output = from_sglang(job.key, chunk, first, job.alternatives)
         if job.stops and not output.finish:
             output = cut(output, job.stops)
