@@ -92,9 +92,10 @@ class Plain:
 
     def read(self, remote: Sequence[int], local: Sequence[int]) -> None:
         rows = [self._rows(self.base, local), self._rows(self.there, remote)]
-        handle = self.agent.begin("plain-owner", *rows)
-        while self.agent.state(handle) != DONE:
+        handle, over = self.agent.begin("plain-owner", *rows)
+        while not over:
             time.sleep(50e-6)
+            over = self.agent.state(handle) == DONE
         self.agent.release(handle)
 
     def _rows(self, base: int, blocks: Sequence[int]) -> Any:
@@ -111,14 +112,22 @@ Read = tuple[Sequence[int], Sequence[int]]
 
 async def read_all(mover: Mover, reads: Sequence[Read], at_once: int) -> None:
     for first in range(0, len(reads), at_once):
-        overs = []
-        for remote, local in reads[first : first + at_once]:
-            over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-            mover.read("owner-1", remote, local, over.set_result)
-            overs.append(over)
-        for error in await asyncio.gather(*overs):
-            if error:
-                raise SystemExit(error)
+        batch = reads[first : first + at_once]
+        all_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        errors: list[str] = []
+
+        def over(
+            error: str, errors: list[str] = errors, all_over: asyncio.Future[None] = all_over, n: int = len(batch)
+        ) -> None:
+            errors.append(error)
+            if len(errors) == n:
+                all_over.set_result(None)
+
+        for remote, local in batch:
+            mover.read("owner-1", remote, local, over)
+        await all_over
+        if any(errors):
+            raise SystemExit(max(errors))
 
 
 async def measure(case: tuple[Any, ...], rounds: int, scale: int, key: Path) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from threading import get_ident
 
 from p2pdyn.transfer.base import (
     MEET_S,
@@ -24,8 +25,9 @@ from p2pdyn.transfer.base import (
     new_life,
 )
 from p2pdyn.transfer.nixl_agent import has_rdma, machine
-from p2pdyn.transfer.nixl_reads import CANCELLED, Job, Reads, Slice, cut
-from p2pdyn.transfer.nixl_thread import SAMPLE, NixlThread
+from p2pdyn.transfer.nixl_blocks import SAMPLE, PeerBlocks
+from p2pdyn.transfer.nixl_reads import CANCELLED, Job, Reads
+from p2pdyn.transfer.nixl_thread import NixlThread
 from p2pdyn.wire.transfer import Description
 
 START_S = 30.0
@@ -50,7 +52,7 @@ class NixlMover:
     def __init__(
         self, peer: str, regions: Sequence[Region], *, devices: Sequence[str] = (), emulated: bool = False
     ) -> None:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._loop_thread = asyncio.get_running_loop(), get_ident()
         self.geometry = Geometry.of(regions)
         self._life = new_life()
         self._emulated = emulated
@@ -75,6 +77,9 @@ class NixlMover:
 
     def _on_loop(self, callback: Callable[..., object], *args: object) -> None:
         """From any thread. One wake-up serves all that has been told until it is heard."""
+        if get_ident() == self._loop_thread:
+            self._loop.call_soon(callback, *args)
+            return
         self._told.append(partial(callback, *args))
         if not self._woken:
             self._woken = True
@@ -125,7 +130,7 @@ class NixlMover:
         try:
             async with asyncio.timeout(MEET_S):
                 await self._up.wait()
-                await self._load(peer, known.agent)
+                await self._load(peer, known)
                 for size in (FIRST, SAMPLE):
                     await self._warm_up(peer, known, size)
         except BaseException as error:
@@ -135,13 +140,13 @@ class NixlMover:
             raise
         self._sources[peer] = known
 
-    async def _load(self, peer: str, agent: bytes) -> None:
+    async def _load(self, peer: str, known: Description) -> None:
         loaded: asyncio.Future[str] = self._loop.create_future()
 
         def load(reads: Reads) -> None:
             trouble = ""
             try:
-                reads.load(peer, agent)
+                reads.load(peer, known.agent, known.bases, known.blocks)
             except TransferError as error:
                 trouble = str(error)
             self._on_loop(_resolve, loaded, trouble)
@@ -155,7 +160,7 @@ class NixlMover:
     async def _warm_up(self, peer: str, known: Description, size: int) -> None:
         over: asyncio.Future[str] = self._loop.create_future()
         size = min(size, known.blocks * known.strides[0])
-        job = Job(self._thread.sample(known.bases[0], size), partial(self._on_loop, _resolve, over))
+        job = Job(partial(PeerBlocks.sample, size=size), partial(self._on_loop, _resolve, over))
         self._begin()
         self._thread.order(lambda reads: reads.add(peer, job))
         try:
@@ -177,10 +182,11 @@ class NixlMover:
         over = partial(self._over, ticket, done, len(remote) * sum(self.geometry.strides))
         self._begin()
         if known is None or trouble:
-            self._jobs[ticket] = Job(iter(()), over)
+            self._jobs[ticket] = Job(lambda _: iter(()), over)
             self._loop.call_soon(over, trouble)
             return ticket
-        job = self._jobs[ticket] = Job(self._slices(known, remote, local), partial(self._on_loop, over))
+        cut = partial(PeerBlocks.cut, remote=tuple(remote), local=tuple(local))
+        job = self._jobs[ticket] = Job(cut, partial(self._on_loop, over))
         if not self._read_now(peer, known, job, len(remote)):
             self._thread.order(lambda reads: reads.add(peer, job))
         return ticket
@@ -195,9 +201,6 @@ class NixlMover:
 
     def _next_turn(self) -> None:
         self._read_in_turn = False
-
-    def _slices(self, known: Description, remote: Sequence[int], local: Sequence[int]) -> Iterator[Slice]:
-        return cut(self._thread.bases, known.bases, known.strides, tuple(remote), tuple(local))
 
     def _begin(self) -> None:
         if not self._jobs:

@@ -84,19 +84,43 @@ class Agent:
         except Exception:  # it never was there
             return
 
-    def begin(self, peer: str, local: Descriptors, remote: Descriptors) -> int:
-        """Post a READ and give its handle. Between processes of one host it is over when this returns."""
+    def prepare(self, peer: str, rows: Descriptors) -> int:
+        """A list of descriptors at ``peer``, "" for this process, that reads can name by their indices. 0.3 us and some
+        100 bytes a row, until :meth:`forget`."""
+        descriptors = self._nixl.nixlXferDList(self._nixl.DRAM_SEG, rows)
+        try:
+            return int(self._agent.prepXferDlist(peer, descriptors, self._backend))
+        except Exception as error:
+            raise TransferError(f"NIXL cannot prepare to read ({_kind(error)})") from None
+
+    def forget(self, prepared: int) -> None:
+        """Only while no read that names it is under way."""
+        self._agent.releasedDlistH(prepared)
+
+    def begin(self, peer: str, local: Descriptors, remote: Descriptors) -> tuple[int, bool]:
+        """Post a READ; (its handle, is it over). Between processes of one host it is over when this returns."""
         nixl = self._nixl
-        handle = 0
         try:
             here, there = nixl.nixlXferDList(nixl.DRAM_SEG, local), nixl.nixlXferDList(nixl.DRAM_SEG, remote)
             handle = int(self._agent.createXferReq(nixl.NIXL_READ, here, there, peer, "", self._backend))
-            self._agent.postXferReq(handle, "")
         except Exception as error:
-            if handle:
-                self.release(handle)
             raise TransferError(_sentence(error)) from None
-        return handle
+        return self._post(handle)
+
+    def begin_prepared(self, here: int, local: Sequence[int], there: int, remote: Sequence[int]) -> tuple[int, bool]:
+        """The same for rows ``remote[i]`` -> ``local[i]`` of two prepared lists."""
+        try:
+            handle = int(self._agent.makeXferReq(self._nixl.NIXL_READ, here, local, there, remote, "", self._backend))
+        except Exception as error:
+            raise TransferError(_sentence(error)) from None
+        return self._post(handle)
+
+    def _post(self, handle: int) -> tuple[int, bool]:
+        try:
+            return handle, self._agent.postXferReq(handle, "") == self._nixl.NIXL_SUCCESS
+        except Exception as error:
+            self.release(handle)
+            raise TransferError(_sentence(error)) from None
 
     def state(self, handle: int) -> str:
         """DONE or UNDERWAY; TransferError: it failed, and is over."""

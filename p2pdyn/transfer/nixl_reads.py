@@ -10,29 +10,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from p2pdyn.transfer.base import TransferError
-from p2pdyn.transfer.nixl_agent import DONE, Agent, Descriptors
+from p2pdyn.transfer.nixl_agent import DONE
+from p2pdyn.transfer.nixl_blocks import OwnBlocks, PeerBlocks, Slice
 
-SLICE = 8 * 2**20
-"""Bytes: 2 to 5 ms of one host's memory copying, 10 ms of a 10 Gb/s network."""
 FLYING = 3
 """Slices posted at a time for each peer: one moves, one waits, one is being noticed."""
 
 CANCELLED = "it was cancelled"
 
-Slice = tuple[Descriptors, Descriptors, int]
-"""Where to, where from, bytes."""
-
 
 class Job:
-    """One read. ``report(error)`` is told once."""
+    """One read: ``cut`` makes its slices from the peer's blocks. ``report(error)`` is told once."""
 
-    __slots__ = ("error", "flying", "report", "slices")
+    __slots__ = ("cut", "error", "flying", "report", "slices")
 
-    def __init__(self, slices: Iterator[Slice], report: Callable[[str], None]) -> None:
-        self.slices: Iterator[Slice] | None = slices
+    def __init__(self, cut: Callable[[PeerBlocks], Iterator[Slice]], report: Callable[[str], None]) -> None:
+        self.cut = cut
+        self.slices: Iterator[Slice] | None = iter(())
         """None: nothing more is posted."""
         self.report: Callable[[str], None] | None = report
         """None: told."""
@@ -47,12 +43,13 @@ class Job:
 class Source:
     """A peer that is read from."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, blocks: PeerBlocks) -> None:
         self.name = name
+        self.blocks = blocks
         self.turns: deque[Job] = deque()
         """Jobs with slices to post."""
-        self.flying: list[tuple[int, Job]] = []
-        """(handle, job) of each slice that is posted."""
+        self.flying: list[tuple[int, Job, Slice]] = []
+        """(handle, job, slice) of each slice that is posted."""
         self.gone = ""
         """Why it is not read from any more."""
 
@@ -60,30 +57,36 @@ class Source:
 class Reads:
     """Belongs to the thread of its agent. ``step()`` posts and looks; nothing here waits."""
 
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
+    def __init__(self, own: OwnBlocks) -> None:
+        self._own = own
+        self._agent = own.agent
         self._sources: dict[str, Source] = {}
 
     def busy(self) -> bool:
         """Is anything to be looked at?"""
         return any(source.flying or source.turns for source in self._sources.values())
 
-    def load(self, peer: str, metadata: bytes) -> None:
+    def load(self, peer: str, metadata: bytes, bases: Sequence[int], blocks: int) -> None:
         """Raises TransferError."""
         old = self._sources.get(peer)
         if old is not None and old.flying:
             raise TransferError("reads over its last connection are not over yet")
+        if old is not None:
+            old.blocks.close()
         self._agent.unload(peer)
         self._agent.load(peer, metadata)
-        self._sources[peer] = Source(peer)
+        self._sources[peer] = Source(peer, PeerBlocks(self._own, peer, bases, blocks))
 
     def add(self, peer: str, job: Job) -> None:
         source = self._sources.get(peer)
         if source is None or source.gone:
             job.stop(source.gone if source else "the peer is not known")
             _settle(job)
-        else:
+        elif job.slices is not None:
+            job.slices = job.cut(source.blocks)
             source.turns.append(job)
+        else:
+            _settle(job)
 
     def cancel(self, job: Job) -> None:
         job.stop(CANCELLED)
@@ -96,7 +99,7 @@ class Reads:
     def _give_up(self, source: Source, why: str) -> None:
         """Nothing more is posted there; when nothing is under way any more, its metadata goes."""
         source.gone = source.gone or why
-        for job in (*source.turns, *[job for _, job in source.flying]):
+        for job in (*source.turns, *[job for _, job, _ in source.flying]):
             job.stop(why)
             _settle(job)
         source.turns.clear()
@@ -104,7 +107,7 @@ class Reads:
     def abandon(self, why: str) -> None:
         """The agent is closed, and with it everything that was under way."""
         for source in self._sources.values():
-            jobs = [job for _, job in source.flying]
+            jobs = [job for _, job, _ in source.flying]
             source.flying.clear()
             for job in jobs:
                 job.flying = 0
@@ -121,6 +124,7 @@ class Reads:
                 moved = self._post(source) or moved
             moved = self._look(source) or moved
             if source.gone and not source.flying and not source.turns:
+                source.blocks.close()
                 self._agent.unload(source.name)
                 del self._sources[source.name]
         return moved
@@ -133,30 +137,41 @@ class Reads:
             _settle(job)
             return True
         try:
-            handle = self._agent.begin(source.name, piece[0], piece[1])
+            handle, over = piece.post()
         except TransferError as error:
+            _land(piece, arrived=False)
             job.stop(str(error))
             _settle(job)
             self._give_up(source, str(error))
             return True
-        job.flying += 1
-        source.flying.append((handle, job))
-        source.turns.append(job)
+        if piece.last:
+            job.slices = None
+        else:
+            source.turns.append(job)
+        if over:
+            self._agent.release(handle)
+            _land(piece, arrived=True)
+            _settle(job)
+        else:
+            job.flying += 1
+            source.flying.append((handle, job, piece))
         return True
 
     def _look(self, source: Source) -> bool:
         before = len(source.flying)
-        still: list[tuple[int, Job]] = []
+        still: list[tuple[int, Job, Slice]] = []
         trouble = ""
-        for handle, job in source.flying:
+        for handle, job, piece in source.flying:
+            arrived = True
             try:
                 if self._agent.state(handle) != DONE:
-                    still.append((handle, job))
+                    still.append((handle, job, piece))
                     continue
             except TransferError as error:
-                trouble = str(error)
+                trouble, arrived = str(error), False
                 job.stop(trouble)
             self._agent.release(handle)
+            _land(piece, arrived=arrived)
             job.flying -= 1
             _settle(job)
         source.flying = still
@@ -172,34 +187,6 @@ def _settle(job: Job) -> None:
         report(job.error)
 
 
-def cut(
-    bases: Sequence[int],
-    remote_bases: Sequence[int],
-    strides: Sequence[int],
-    remote: Sequence[int],
-    local: Sequence[int],
-) -> Iterator[Slice]:
-    """Blocks ``remote[i]`` -> ``local[i]`` as slices; neighbours on both sides are one row."""
-    import numpy as np
-
-    row = sum(strides)
-    step = max(1, SLICE // row)
-    for at in range(0, len(remote), step):
-        there, here = np.array(remote[at : at + step]), np.array(local[at : at + step])
-        ends = np.flatnonzero((np.diff(there) != 1) | (np.diff(here) != 1)) + 1
-        starts = np.concatenate(([0], ends))
-        counts = np.diff(np.append(starts, len(there)))
-        yield (
-            _rows(np, bases, strides, here[starts], counts),
-            _rows(np, remote_bases, strides, there[starts], counts),
-            row * len(there),
-        )
-
-
-def _rows(np: Any, bases: Sequence[int], strides: Sequence[int], first: Any, counts: Any) -> Descriptors:
-    rows = np.zeros((len(bases) * len(first), 3), np.uint64)
-    for i, (base, stride) in enumerate(zip(bases, strides, strict=True)):
-        part = rows[i * len(first) : (i + 1) * len(first)]
-        part[:, 0] = first.astype(np.uint64) * np.uint64(stride) + np.uint64(base)
-        part[:, 1] = counts * stride
-    return rows
+def _land(piece: Slice, *, arrived: bool) -> None:
+    if piece.over is not None:
+        piece.over(arrived)

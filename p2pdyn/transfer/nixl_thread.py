@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from time import monotonic
 
 from p2pdyn.transfer.base import Region, TransferError
 from p2pdyn.transfer.nixl_agent import Agent
-from p2pdyn.transfer.nixl_reads import Job, Reads, Slice
+from p2pdyn.transfer.nixl_blocks import OwnBlocks
+from p2pdyn.transfer.nixl_reads import Job, Reads
 
-SAMPLE = 2**20
-"""Bytes of the largest read that is no block of ours."""
 CLOSE_S = 1.0
 """Seconds that reads under way have to end by themselves when the thread is stopped."""
 SHORTEST_S, LONGEST_S = 50e-6, 5e-3
@@ -49,8 +47,6 @@ class NixlThread(threading.Thread):
         self._reads: Reads | None = None
         self._turn = threading.Lock()
         """Held while the agent is used."""
-        self._scratch = Region(memoryview(mmap.mmap(-1, SAMPLE)), SAMPLE)
-        self._scratch_base = 0
 
     def order(self, order: Order | None) -> None:
         """To be carried out in the thread, in turn, before anything is posted. None: stop."""
@@ -58,26 +54,26 @@ class NixlThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            agent = self._start_agent()
+            own = self._start_agent()
         except TransferError as error:
             self.trouble = str(error)
         self.up.set()
         self._on_up()
         if not self.trouble:
-            self._reads = reads = Reads(agent)
+            self._reads = reads = Reads(own)
             self._serve(reads)
             with self._turn:
                 self._reads = None
-                agent.close()
+                own.agent.close()
                 reads.abandon("the mover is closed")
         self._regions = ()
         self._on_end()
 
-    def _start_agent(self) -> Agent:
+    def _start_agent(self) -> OwnBlocks:
         agent = Agent(self._peer, self._devices)
-        *self.bases, self._scratch_base = agent.register([*self._regions, self._scratch])
-        self.metadata = agent.metadata()
-        return agent
+        own = OwnBlocks(agent, self._regions)
+        self.bases, self.metadata = own.bases, agent.metadata()
+        return own
 
     def _serve(self, reads: Reads) -> None:
         until = moved = 0.0
@@ -108,17 +104,9 @@ class NixlThread(threading.Thread):
             if reads is None or reads.busy() or not self._orders.empty():
                 return False
             reads.add(peer, job)
-            while reads.step():
-                pass
+            reads.step()
             if reads.busy():  # it goes over a network
                 self._orders.put(lambda _: None)
             return True
         finally:
             self._turn.release()
-
-    def sample(self, base: int, size: int) -> Iterator[Slice]:
-        """``size`` bytes at a peer's ``base``, to be read and thrown away."""
-        import numpy as np
-
-        rows = [np.array([[at, size, 0]], np.uint64) for at in (self._scratch_base, base)]
-        yield rows[0], rows[1], size
