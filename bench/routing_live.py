@@ -120,11 +120,13 @@ class Run:
             await asyncio.gather(*tasks)
 
     async def _any(self, idle: asyncio.Queue[User]) -> User:
-        """One at random: in order of arrival, users would come round to the same worker of a round-robin."""
+        """One at random of those with the fewest turns so far: in order of arrival, users would come round to the same
+        worker of a round-robin, and with all at random few would be left in the end, to wait for their own answers."""
         users = [await idle.get()]
         while not idle.empty():
             users.append(idle.get_nowait())
-        chosen = users.pop(self.rng.randrange(len(users)))
+        fewest = min(user.turns for user in users)
+        chosen = users.pop(self.rng.choice([at for at, user in enumerate(users) if user.turns == fewest]))
         for user in users:
             idle.put_nowait(user)
         return chosen
