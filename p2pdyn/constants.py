@@ -47,9 +47,12 @@ ORPHAN_S = 4.0
 LOAD_EVENT_S = 0.25
 """Longest time between two load events of one worker."""
 
-LOAD_SETTLE_S = 0.005
-"""A worker that turns busy or idle, or has got a long prompt, says so this soon: until then other frontends send theirs
-to the same one. Not at once, so that a burst is one event, and longer than a request is on its way."""
+LOAD_SETTLE_S = 0.02
+"""A worker that turns busy or idle says so this soon. Not at once: under light load that is twice a request."""
+
+LOAD_SOON_S = 0.005
+"""A worker that has got a long prompt says so this soon: until then other frontends send theirs to the same one. Not at
+once, so that a burst is one event, and longer than a request is on its way."""
 
 WORK_MEMORY_S = 60.0
 """Memory of the prefill that a worker was given: its conversations will come back to it."""

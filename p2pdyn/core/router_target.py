@@ -23,7 +23,7 @@ from p2pdyn.constants import WORK_MEMORY_S
 from p2pdyn.core.types import AGGREGATED, Load, NodeId
 
 IN_FLIGHT_S = 0.004
-"""One way to the worker and through its loop; its report one way back. Less than LOAD_SETTLE_S, in which the worker
+"""One way to the worker and through its loop; its report one way back. Less than LOAD_SOON_S, in which the worker
 tells of a prompt, so that none is counted twice; one that is longer on its way is missed only until that report."""
 
 SPEED_MEMORY_S = 60.0

@@ -11,7 +11,15 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from p2pdyn.constants import EVENT_MAX, LOAD_EVENT_S, LOAD_SETTLE_S, ORPHAN_S, REQUEST_MAX, STREAM_HEARTBEAT_S
+from p2pdyn.constants import (
+    EVENT_MAX,
+    LOAD_EVENT_S,
+    LOAD_SETTLE_S,
+    LOAD_SOON_S,
+    ORPHAN_S,
+    REQUEST_MAX,
+    STREAM_HEARTBEAT_S,
+)
 from p2pdyn.core.disagg import PULL_BPS
 from p2pdyn.core.handed import HandedOver
 from p2pdyn.core.lease import QUARANTINED
@@ -51,7 +59,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = min(STREAM_HEARTBEAT_S, LOAD_EVENT_S)
 TELL_TOKENS = 512
-"""Prompts that long are told of within LOAD_SETTLE_S: other frontends must not send theirs to the same worker."""
+"""Prompts that long are told of within LOAD_SOON_S: other frontends must not send theirs to the same worker."""
 STEPS_S = 0.001
 """Engine steps that follow each other faster than this share a message: each costs both peers a wake-up of two threads.
 A step after a pause is sent at once, so that an engine with steps longer than this is never held up."""
@@ -356,8 +364,10 @@ class WorkerService:
             total = sum(len(sequence.tokens) for sequence in self._admitted)
             self._runner.submit(self._admitted)
             self._admitted = []
-            if total >= TELL_TOKENS or not self._was_busy:
-                self._publish_load_soon()
+            if total >= TELL_TOKENS:
+                self._publish_load_within(LOAD_SOON_S)
+            elif not self._was_busy:
+                self._publish_load_within(LOAD_SETTLE_S)
 
     # Steps out.
 
@@ -409,7 +419,7 @@ class WorkerService:
         answer = Prefilled(running.rid, running.attempt, self._epoch, lease, blocks, held.cached, held.params)
         self._send(running.connection, encode(answer))
         if self._was_busy and not self.open:
-            self._publish_load_soon()
+            self._publish_load_within(LOAD_SETTLE_S)
 
     def _send_late(self) -> None:
         self._send_timer = None
@@ -425,7 +435,7 @@ class WorkerService:
         for connection, rows in served.take(encode_logprobs, held_back).items():
             self._send(connection, encode_tokens(self._epoch, rows))
         if self._was_busy and not served.running:
-            self._publish_load_soon()
+            self._publish_load_within(LOAD_SETTLE_S)
             if self.kv is not None:
                 self.kv.idle()
 
@@ -478,10 +488,13 @@ class WorkerService:
             return 0, 0.0
         return self.transfers.block_bytes, self.transfers.bandwidth or PULL_BPS
 
-    def _publish_load_soon(self) -> None:
+    def _publish_load_within(self, delay: float) -> None:
         """From idle to busy or back, or a long prompt; not each is told, under light load that is twice a request."""
-        if self._load_timer is None:
-            self._load_timer = self._loop.call_later(LOAD_SETTLE_S, self._publish_load)
+        if self._load_timer is not None:
+            if self._load_timer.when() <= self._loop.time() + delay:
+                return
+            self._load_timer.cancel()
+        self._load_timer = self._loop.call_later(delay, self._publish_load)
 
     def _publish_load(self) -> None:
         if self._load_timer is not None:

@@ -19,7 +19,7 @@ from heapq import heappop, heappush
 from math import inf
 from typing import Any
 
-from p2pdyn.constants import LOAD_EVENT_S, LOAD_SETTLE_S
+from p2pdyn.constants import LOAD_EVENT_S, LOAD_SOON_S
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.router import Ask, Router
 from p2pdyn.core.router_target import Target
@@ -131,7 +131,7 @@ class Replay:
             self._later(self.now + LOAD_EVENT_S, self._tick, worker)
         if not worker.telling:
             worker.telling = True
-            self._later(self.now + LOAD_SETTLE_S, self._tell, worker)
+            self._later(self.now + LOAD_SOON_S, self._tell, worker)
 
     def _computed(self, worker: Worker) -> None:
         job, stored, evicted = worker.computed()

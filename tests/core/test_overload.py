@@ -12,7 +12,7 @@ from statistics import median
 
 import pytest
 
-from p2pdyn.constants import LOAD_EVENT_S, LOAD_SETTLE_S
+from p2pdyn.constants import LOAD_EVENT_S, LOAD_SOON_S
 from p2pdyn.core.admission import MIN_SUPPLY
 from p2pdyn.core.flight import Flights
 from p2pdyn.core.flight_parts import Action, Dispatch
@@ -116,7 +116,7 @@ class Worker:
     def _tell_soon(self) -> None:
         if not self._telling:
             self._telling = True
-            self._clock.later(LOAD_SETTLE_S, self._tell)
+            self._clock.later(LOAD_SOON_S, self._tell)
 
     def _tell(self) -> None:
         running, waiting = len(self._running), len(self.waiting)
