@@ -71,9 +71,6 @@ class Bench:
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.subject = subject
         self.folder = folder
-        self._patch = pytest.MonkeyPatch()
-        for name, value in subject.environment.items():
-            self._patch.setenv(name, value)
         made = folder / "model"
         made.mkdir()
         self.model = subject.model(made)
@@ -90,24 +87,29 @@ class Bench:
     def start(self, *roles: str) -> list[Driven]:
         """An engine for each role, started beside each other."""
         made = [Driven(self, role) for role in roles]
-        self.engines += made
+        self.bring_up(made)
+        return made
+
+    def bring_up(self, engines: list[Driven]) -> None:
+        self.engines += engines
 
         async def together() -> None:
             async with asyncio.TaskGroup() as group:
-                for engine in made:
+                for engine in engines:
                     group.create_task(engine.start())
 
-        try:
-            self.run(together(), self.subject.start_s)
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return made
+        with pytest.MonkeyPatch.context() as patch:  # no longer: other engines' tests run while these are up
+            for name, value in self.subject.environment.items():
+                patch.setenv(name, value)
+            try:
+                self.run(together(), self.subject.start_s)
+            except ExceptionGroup as failures:
+                raise failures.exceptions[0] from None
 
     def close(self) -> None:
         for engine in self.engines:
             engine.close()
         self._loop.close()
-        self._patch.undo()
 
 
 class Driven:
@@ -159,8 +161,7 @@ class Driven:
     def again(self) -> Driven:
         """The next life of this one: another process with the same arguments and folder."""
         later = Driven(self._bench, self._role, self._life + 1)
-        self._bench.engines.append(later)
-        self._bench.run(later.start(), self.subject.start_s)
+        self._bench.bring_up([later])
         return later
 
     def close(self) -> None:

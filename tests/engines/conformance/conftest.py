@@ -41,23 +41,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(subject, id=subject.name, marks=pytest.mark.timeout(subject.start_s + 4 * subject.patience_s))
             for subject in metafunc.config.stash[CHOSEN]
         ]
-        metafunc.parametrize("subject", params, indirect=True, scope="package")
+        metafunc.parametrize("subject", params, indirect=True, scope="session")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def subject(request: pytest.FixtureRequest) -> Subject:
     found: Subject = request.param
     return found
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def bench(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     made = Bench(subject, tmp_path_factory.mktemp(subject.name))
     yield made
     made.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def aggregated(bench: Bench) -> Driven:
     """Loading is what takes long: one for all tests."""
     (engine,) = bench.start("aggregated")
