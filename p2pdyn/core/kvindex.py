@@ -63,11 +63,18 @@ class KvIndex:
         self._walks: list[_Walk] = []
         self._late: tuple[dict[int, int], ...] = tuple({} for _ in range(TIERS))
         self._gone: tuple[list[int], ...] = tuple([] for _ in range(TIERS))
+        self._spare = 0  # entries that may certainly be added
         self._shared: dict[int, int] = {}  # one object for equal sets: 28 bytes and more, for which 8 then serve
 
     def __len__(self) -> int:
         """(hash, tier) entries, those still to be swept among them."""
         return self._max_blocks - self.room()
+
+    def fits(self, count: int) -> bool:
+        """Whether so many entries may still be added, mostly without a look at all maps."""
+        if count > self._spare:
+            self._spare = self.room()
+        return count <= self._spare
 
     def room(self) -> int:
         """Entries that may still be added."""
@@ -150,9 +157,22 @@ class KvIndex:
     def store(self, slot: int, tier: int, hashes: Sequence[int]) -> list[int]:
         """``slot`` holds ``hashes`` in ``tier``. Those that it held before, and so says nothing new of: mostly none."""
         bit = self._bits[slot]
+        self._spare -= len(hashes)
         if self._sweeping or not bit:
             return self._change_late(self._store, bit, tier, hashes)
         return self._store(self._tiers[tier], bit, hashes)
+
+    def store_one(self, slot: int, tier: int, key: int) -> bool:
+        """The same for one block: whether that was new there."""
+        bit, blocks = self._bits[slot], self._tiers[tier]
+        if self._sweeping or not bit:
+            return not self.store(slot, tier, (key,))
+        self._spare -= 1
+        before = blocks.get(key, 0)
+        if before & bit:
+            return False
+        blocks[key] = self._share(before | bit) if before else bit
+        return True
 
     def remove(self, slot: int, tier: int, hashes: Sequence[int]) -> list[int]:
         """``slot`` no longer holds ``hashes`` in ``tier``. Those that it did not hold before: mostly none."""
@@ -160,6 +180,20 @@ class KvIndex:
         if self._sweeping or not bit:
             return self._change_late(self._remove, bit, tier, hashes)
         return self._remove(self._tiers[tier], bit, hashes)
+
+    def remove_one(self, slot: int, tier: int, key: int) -> bool:
+        """The same for one block: whether it was there."""
+        bit, blocks = self._bits[slot], self._tiers[tier]
+        if self._sweeping or not bit:
+            return not self.remove(slot, tier, (key,))
+        before = blocks.get(key, 0)
+        if before == bit:
+            del blocks[key]
+        elif before & bit:
+            blocks[key] = self._share(before & ~bit)
+        else:
+            return False
+        return True
 
     def held(self, slot: int) -> set[tuple[int, int]]:
         """Each (hash, tier) of a live target, by a walk over everything: for tests and reports."""

@@ -20,7 +20,7 @@ from math import inf
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.kvtarget import TargetBlocks
 from p2pdyn.wire.events import KvBatch, KvDigest
-from p2pdyn.wire.kvpack import CLEARED, HASH_BYTES, Run, unpack_ops, unpack_replay, unpack_snapshot
+from p2pdyn.wire.kvpack import CLEARED, HASH_BYTES, Run, unpack_ones, unpack_ops, unpack_replay, unpack_snapshot
 from p2pdyn.wire.shape import WireError
 
 DIGEST_S = 1.0
@@ -185,8 +185,13 @@ class KvStream:
         if now >= self._calm_until or base is None or seq != base.seq + 1 or epoch != self.epoch:
             return False
         blocks = len(ops) // HASH_BYTES  # or less
-        if blocks > SLICE or blocks > base.room():
+        if blocks > SLICE or not base.fits(blocks):
             return False
+        ones = unpack_ones(ops)
+        if ones is not None:
+            base.change_ones(ones)
+            self._top = base.seq = seq
+            return True
         try:
             runs = unpack_ops(ops)
         except WireError:

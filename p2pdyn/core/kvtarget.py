@@ -7,7 +7,7 @@ from functools import reduce
 from operator import xor
 
 from p2pdyn.core.kvindex import KvIndex
-from p2pdyn.wire.kvpack import CLEARED, HASH_BYTES, STORED, TIERS, Run, combine, hashes_of, lanes
+from p2pdyn.wire.kvpack import CLEARED, HASH_BYTES, STORED, TIERS, One, Run, combine, hashes_of, lanes
 
 
 class TargetBlocks:
@@ -32,6 +32,10 @@ class TargetBlocks:
         own, whole = self._max_blocks - self.blocks, self._index.room()
         return own if own < whole else whole
 
+    def fits(self, count: int) -> bool:
+        """Whether so many blocks may still be stored."""
+        return count <= self._max_blocks - self.blocks and self._index.fits(count)
+
     def drop(self) -> None:
         """None of the blocks is found any more. Idempotent."""
         self._index.drop(self.slot)
@@ -48,6 +52,18 @@ class TargetBlocks:
                 same = index.remove(slot, tier, hashes)
                 self.blocks -= len(hashes) - len(same)
             xors[tier] ^= reduce(xor, same, lanes(packed)) if same else lanes(packed)
+
+    def change_ones(self, ones: Iterable[One]) -> None:
+        """The same for blocks one by one, which is the faster way for a few."""
+        index, slot, xors = self._index, self.slot, self._xors
+        for kind, tier, key in ones:
+            if kind == STORED:
+                if index.store_one(slot, tier, key):
+                    self.blocks += 1
+                    xors[tier] ^= key
+            elif index.remove_one(slot, tier, key):
+                self.blocks -= 1
+                xors[tier] ^= key
 
     def fit(self, run: Run) -> bool:
         """Take a run of any kind, of a store as much as there is room for. False if that was not all."""

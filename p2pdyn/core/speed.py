@@ -24,6 +24,10 @@ MIN_TOKENS = 64
 """Shorter prefills are mostly overhead; they would make a worker look slow."""
 KEEP = 0.9
 """Weight of the past at each finished prefill: about the last ten."""
+FOLLOW = 0.1
+"""How far, in logarithms, the speed at which a minute's work counts follows the measured one with each prompt."""
+UNLIKE = 2.0
+"""By this factor a measured speed is another one, and not noise: an engine has warmed up, a host has slowed down."""
 KEEP_STEP = 0.995
 """At each sampled step: about the last two hundred."""
 MIN_PREFILLS = 2.5
@@ -73,9 +77,11 @@ class SpeedMeter:
         """A prompt of ``tokens``, of which ``expected`` are believed not to be cached; 0: nobody knows."""
         uncached = min(expected, tokens) if expected else tokens
         self._prefilling[key] = (tokens, uncached, now)
-        self._priced = self.prefill_tps or self._priced
-        if self._priced:
-            self._work, self._worked = self.work_s(now) + uncached / self._priced, now
+        self._work = self._work * exp((self._worked - now) / WORK_MEMORY_S) + uncached
+        self._worked = now
+        if speed := self.prefill_tps:
+            noise = 1 / UNLIKE < speed / (self._priced or speed) < UNLIKE
+            self._priced = self._priced ** (1 - FOLLOW) * speed**FOLLOW if self._priced and noise else speed
 
     def first_tokens(self, started: Iterable[tuple[int, int]], now: float) -> None:
         """Prompts whose first token has come in one step, as (key, tokens of it from the prefix cache)."""
@@ -148,8 +154,9 @@ class SpeedMeter:
         return sum(expected for _, expected, _ in self._prefilling.values())
 
     def work_s(self, now: float) -> float:
-        """Seconds of prefill taken on, at the speeds known then; those of a minute ago for a third."""
-        return self._work * exp((self._worked - now) / WORK_MEMORY_S)
+        """Seconds of prefill taken on, that of a minute ago for a third; 0 while no speed is sure. It follows the speed
+        slowly: else a minute's work would grow and shrink with each measurement's noise."""
+        return self._work * exp((self._worked - now) / WORK_MEMORY_S) / self._priced if self._priced else 0.0
 
     @property
     def timed(self) -> bool:

@@ -26,12 +26,16 @@ MAX_RUNS = 4096
 HASH_BYTES = 8
 OP_BYTES = 5
 _OP = struct.Struct("<BI")
+_ONE = struct.Struct("<BIQ")
 _LENGTH = struct.Struct("<I")
 _REPLAY = struct.Struct("<QQ")
 _SNAPSHOT = struct.Struct("<QQI")
 _SWAP = sys.byteorder == "big"
 _CLEARED = CLEARED << 4
 _HEADS = frozenset([_CLEARED, *(kind << 4 | tier for kind in (STORED, REMOVED) for tier in range(TIERS))])
+_ONES = _HEADS - {_CLEARED}
+MAX_ONES = 8
+"""Blocks from which on runs are the faster way."""
 _FOLD_FROM = 24
 _MAX_LANES = 1024
 """Bytes: with every run a sum as long as the longest one is read."""
@@ -47,6 +51,10 @@ class Op(NamedTuple):
 
 Run = tuple[int, int, bytes]
 """An op as it was received: kind, tier, and its hashes as they are packed, of which :func:`hashes_of` makes numbers."""
+
+
+One = tuple[int, int, int]
+"""An op on one block: kind, tier, hash."""
 
 
 class Replay(NamedTuple):
@@ -91,6 +99,19 @@ def unpack_ops(data: bytes) -> list[Run]:
             raise WireError(f"KV ops: more than {MAX_RUNS}")
         runs.append((head >> 4, head & 15, data[start:at]))
     return runs
+
+
+def unpack_ones(data: bytes) -> list[One] | None:
+    """The ops of a batch in which each is one block stored or removed, as most are while workers decode; None if it is
+    not that."""
+    if len(data) > MAX_ONES * _ONE.size or len(data) % _ONE.size:
+        return None
+    ones: list[One] = []
+    for head, count, key in _ONE.iter_unpack(data):
+        if count != 1 or head not in _ONES:
+            return None
+        ones.append((head >> 4, head & 15, key))
+    return ones
 
 
 def hashes_of(packed: bytes) -> tuple[int, ...]:

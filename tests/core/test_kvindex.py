@@ -28,7 +28,7 @@ class Sets(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = KvIndex()
+        self.index = KvIndex(max_blocks=200)
         self.slots: dict[int, int] = {}
         self.truth: dict[int, set[tuple[int, int]]] = {}
 
@@ -56,6 +56,18 @@ class Sets(RuleBasedStateMachine):
         act = self.index.store if stores else self.index.remove
         same = Counter(keys) - Counter(key for key, _ in changed)
         assert Counter(act(self.slots[who], tier, hashes(*keys))) == same
+
+    @rule(who=WHO, tier=TIER, key=KEYS, stores=st.booleans())
+    def change_one(self, who: int, tier: int, key: int, stores: bool) -> None:
+        if who not in self.slots:
+            return
+        held, act = self.truth[who], self.index.store_one if stores else self.index.remove_one
+        assert act(self.slots[who], tier, key) == (((key, tier) in held) is not stores)
+        self.truth[who] = held | {(key, tier)} if stores else held - {(key, tier)}
+
+    @rule(count=st.integers(0, 5))
+    def ask_for_room(self, count: int) -> None:
+        assert self.index.fits(count) == (count <= self.index.room())
 
     @rule(budget=st.integers(1, 6))
     def sweep(self, budget: int) -> None:
@@ -223,3 +235,5 @@ def test_room_counts_entries() -> None:
         index.store(slot, 0, hashes(1, 2))
 
     assert index.room() == 1
+    assert index.fits(1)
+    assert not index.fits(2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from math import e
+from collections.abc import Iterable
+from math import e, exp
 
 import pytest
 
@@ -121,9 +122,37 @@ def test_work_is_what_was_taken_on_and_fades() -> None:
         meter.first_tokens([(key, 0)], now)
     meter.submitted(4, 500, 100, now)
     meter.submitted(5, 300, 0, now)  # nobody knows how much of it is cached
-    assert meter.work_s(now) == pytest.approx(0.2)
+    tokens = 400 + sum(1000 * exp((begun - now) / WORK_MEMORY_S) for begun in (0.0, 0.5, 1.0))
+    assert meter.work_s(now) == pytest.approx(tokens / 2000)
     meter.gone(4)
-    assert meter.work_s(now + WORK_MEMORY_S) == pytest.approx(0.2 / e)
+    assert meter.work_s(now + WORK_MEMORY_S) == pytest.approx(tokens / 2000 / e)
+
+
+def prompts(meter: SpeedMeter, tps: Iterable[float], now: float = 0.0) -> float:
+    """Prompts of 1000 tokens one after the other at these speeds; when the last one was computed."""
+    for speed in tps:
+        key = round(now * 1e6)
+        meter.submitted(key, 1000, 1000, now)
+        now += 1000 / speed
+        meter.first_tokens([(key, 0)], now)
+    return now
+
+
+def test_noise_of_the_speed_is_no_work() -> None:
+    meter = SpeedMeter()
+    now = prompts(meter, [5000.0] * 40)
+    before = meter.work_s(now)
+    now = prompts(meter, [3500.0] * 3, now)
+    assert meter.prefill_tps < 4600
+    assert meter.work_s(now) == pytest.approx(before * 43 / 40, rel=0.06)
+
+
+def test_work_of_a_cold_engine_does_not_stay_dear() -> None:
+    meter = SpeedMeter()
+    now = prompts(meter, [200.0] * 4)
+    assert meter.work_s(now) > 10
+    now = prompts(meter, [20_000.0] * 40, now)
+    assert meter.work_s(now) < 1.5 * 44_000 / meter.prefill_tps
 
 
 def test_cached_tokens_took_no_time() -> None:

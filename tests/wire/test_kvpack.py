@@ -16,6 +16,7 @@ from p2pdyn.wire.events import MAX_OPS, KvBatch
 from p2pdyn.wire.kvpack import (
     CLEARED,
     HOST,
+    MAX_ONES,
     MAX_RUNS,
     REMOVED,
     STORED,
@@ -28,6 +29,7 @@ from p2pdyn.wire.kvpack import (
     pack_ops,
     pack_replay,
     pack_snapshot,
+    unpack_ones,
     unpack_ops,
     unpack_replay,
     unpack_snapshot,
@@ -227,3 +229,22 @@ def test_an_odd_batch_is_refused(data: bytes) -> None:
 def test_a_sender_of_an_odd_batch_learns_of_it(wrong: dict[str, object]) -> None:
     with pytest.raises(WireError):
         encode(BATCH._replace(**wrong))  # type: ignore[arg-type]
+
+
+ONES = st.builds(Op, st.integers(0, 1), st.integers(0, 2), st.just(array("Q", [7])))
+
+
+@given(st.lists(st.one_of(OPS, ONES), max_size=10))
+def test_ops_of_one_block_each_are_the_same_ops(ops: list[Op]) -> None:
+    few = 0 <= len(ops) <= MAX_ONES and all(op.kind != CLEARED and len(op.hashes) == 1 for op in ops)
+    expected = [(op.kind, op.tier, op.hashes[0]) for op in ops] if few else None
+    assert unpack_ones(pack_ops(ops)) == expected
+
+
+@given(st.binary(max_size=60))
+def test_what_is_taken_for_ops_of_one_block_each_is_that(data: bytes) -> None:
+    ones = unpack_ones(data)
+    if ones is not None:
+        assert [(kind, tier, hashes_of(packed)) for kind, tier, packed in unpack_ops(data)] == [
+            (kind, tier, (key,)) for kind, tier, key in ones
+        ]
