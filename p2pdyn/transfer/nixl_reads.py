@@ -72,7 +72,8 @@ class Reads:
         if old is not None and old.flying:
             raise TransferError("reads over its last connection are not over yet")
         if old is not None:
-            old.blocks.close()
+            self._give_up(old, "the peer was met again")
+            self._drop(old)
         self._agent.unload(peer)
         self._agent.load(peer, metadata)
         self._sources[peer] = Source(peer, PeerBlocks(self._own, peer, bases, blocks))
@@ -124,10 +125,15 @@ class Reads:
                 moved = self._post(source) or moved
             moved = self._look(source) or moved
             if source.gone and not source.flying and not source.turns:
-                source.blocks.close()
+                self._drop(source)
                 self._agent.unload(source.name)
-                del self._sources[source.name]
         return moved
+
+    def _drop(self, source: Source) -> None:
+        """Nothing of it is under way. A list that NIXL has prepared may be let go of once only: so that goes together
+        with being known here."""
+        del self._sources[source.name]
+        source.blocks.close()
 
     def _post(self, source: Source) -> bool:
         job = source.turns.popleft()

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from support.kv_reader import TESTS, OwnerProcess, Reader, needs_nixl, run
 
+from p2pdyn.transfer.base import TransferError, dump_description, load_description
 from p2pdyn.transfer.nixl import NixlMover
 
 Owners = Callable[..., OwnerProcess]
@@ -69,13 +71,31 @@ def test_a_mover_that_is_closed_at_once_ends_in_order(owners: Owners) -> None:
 
 
 def test_names_must_agree(owners: Owners) -> None:
-    from p2pdyn.transfer.base import TransferError
-
     owner = owners("nixl")
     owner.name = "somebody-else"
 
     async def body(reader: Reader) -> None:
         with pytest.raises(TransferError, match="another name"):
             await reader.meet(owner)
+
+    run("nixl", body)
+
+
+def test_a_peer_that_cannot_be_met_again_costs_only_that(owners: Owners) -> None:
+    """What NIXL had prepared for it is let go of once: a second time would end the process."""
+    owner = owners("nixl")
+
+    async def body(reader: Reader) -> None:
+        mover = reader.mover
+        assert isinstance(mover, NixlMover)
+        for _ in range(20):
+            await reader.meet(owner)
+            known = load_description(owner.description, "nixl", mover.geometry.strides)
+            with pytest.raises(TransferError, match="does not take its agent's description"):
+                await mover.meet(owner.name, "127.0.0.1", dump_description(replace(known, agent=b"no metadata")))
+            assert await reader.read(owner.name, [0], [0]) == "the peer is not known"
+        await reader.meet(owner)
+        assert await reader.read(owner.name, [0], [0]) == ""
+        assert reader.has([0], [0])
 
     run("nixl", body)
