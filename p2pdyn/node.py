@@ -116,6 +116,9 @@ class Node:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         security = self._security()
+        if config.http is not None:  # here, because it would hold up the mesh for a quarter of a second
+            import p2pdyn.http.server
+            import p2pdyn.net.dispatch  # noqa: F401
         sockets = self.sockets = Sockets(security)
         self.stack.callback(sockets.close)
         try:
