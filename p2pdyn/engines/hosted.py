@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,14 @@ def joined(earlier: Output | None, later: Output) -> Output:
         earlier.logprobs + later.logprobs,
         later.detail,
     )
+
+
+# ---- time
+
+
+def boot_time() -> float:
+    """Seconds, those included in which the host was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 # ---- words

@@ -1,7 +1,6 @@
 """sglang.Engine on an event loop in a thread of its own.
 
-Everything public here is called from the engine's thread; what SGLang answers is left in :attr:`Bridge.arrived`, and
-``wake`` is called, from the loop's thread, once a turn in which something was.
+Everything public here is called from the engine's thread; what SGLang answers is put into ``box``.
 """
 
 from __future__ import annotations
@@ -10,8 +9,6 @@ import asyncio
 import multiprocessing
 import os
 import threading
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -19,7 +16,8 @@ from inspect import signature
 from typing import Any
 
 from p2pdyn.engines.base import Held, Output
-from p2pdyn.engines.hosted import one_line
+from p2pdyn.engines.hosted import boot_time, one_line
+from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.sglang import handoff
 from p2pdyn.engines.sglang.arguments import RELEASE_S
 from p2pdyn.engines.sglang.load import Loads
@@ -57,13 +55,7 @@ class Bridge:
     """``build`` makes the sglang.Engine; it is called in the loop's thread and may take minutes. ``rooms``: it does
     prefill or decode alone."""
 
-    def __init__(self, build: Callable[[], Any], wake: Callable[[], None], rooms: bool) -> None:
-        self.arrived: deque[Output | Held] = deque()
-        self.moved = False
-        """A scheduler has made steps. Told by empty steps of ours, by which load is reported and long prompts show that
-        they go on."""
-        self.death = ""
-        """Why SGLang does not go on, once it does not."""
+    def __init__(self, build: Callable[[], Any], box: Postbox, rooms: bool) -> None:
         self.engine: Any = None
         self.takes: frozenset[str] = frozenset()
         """The arguments of this version's async_generate."""
@@ -72,10 +64,9 @@ class Bridge:
         self.started = threading.Event()
         """Either ``engine`` is there, or ``failure``."""
         self._build = build
-        self._wake = wake
+        self._box = box
         self._rooms = rooms
         self._jobs: dict[int, tuple[Job, asyncio.Task[None]]] = {}
-        self._flushing = False
         self._looking: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop
         self._stop: asyncio.Event
@@ -145,19 +136,14 @@ class Bridge:
             try:
                 process = os.pidfd_open(pid)
             except ProcessLookupError:
-                self.die(f"SGLang's process {pid} has ended")
+                self._box.die(f"SGLang's process {pid} has ended")
                 continue
             self._loop.add_reader(process, self._ended, process, pid)
 
     def _ended(self, process: int, pid: int) -> None:
         self._loop.remove_reader(process)
         os.close(process)
-        self.die(f"SGLang's process {pid} has ended")
-
-    def die(self, reason: str) -> None:
-        """From any thread."""
-        self.death = self.death or reason
-        self._wake()
+        self._box.die(f"SGLang's process {pid} has ended")
 
     # ---- sequences
 
@@ -171,7 +157,7 @@ class Bridge:
     def _over(self, job: Job) -> None:
         self._jobs.pop(job.key, None)
         if job.held is not None:  # of one that came to nothing, nothing was computed
-            self._put(Held(job.key, cached=len(job.ask["input_ids"]) if job.silent else job.held.cached))
+            self._box.put(Held(job.key, cached=len(job.ask["input_ids"]) if job.silent else job.held.cached))
 
     def _cancel(self, key: int) -> None:
         """SGLang aborts what has reached its scheduler, and forgets what has not when the task ends."""
@@ -184,7 +170,7 @@ class Bridge:
     async def _serve(self, job: Job) -> None:
         try:
             if job.held is not None:
-                self._put(job.held)
+                self._box.put(job.held)
             stream = await self.engine.async_generate(**job.ask, rid=job.rid, stream=True)
             async with aclosing(stream) as chunks:
                 async for chunk in chunks:
@@ -192,7 +178,7 @@ class Bridge:
                         return
         except Exception as error:
             if job.held is None:
-                self._put(Output(job.key, (), "error", detail=one_line(error)))
+                self._box.put(Output(job.key, (), "error", detail=one_line(error)))
 
     def _take(self, job: Job, chunk: dict[str, Any]) -> bool:
         """Whether nothing more of it is wanted."""
@@ -208,44 +194,26 @@ class Bridge:
             output = cut(output, job.stops)
             if output.finish:
                 self.engine.tokenizer_manager.abort_request(job.rid)
-        self._put(output)
+        self._box.put(output)
         return bool(output.finish)
-
-    def _put(self, item: Output | Held) -> None:
-        self.arrived.append(item)
-        self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        """One turn later all outputs of the same engine step are there."""
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        self._wake()
 
     async def _look(self) -> None:
         """At the load, until all is over and the schedulers say so; and at the clock: a prefill that was stopped for
         long may write into blocks that are others' by now."""
         seen = boot_time()
-        while not self.death:
+        while not self._box.death:
             before, seen = seen, boot_time()
             if seen - before > STILL_S and any(job.held is not None for job, _ in self._jobs.values()):
-                self.die(f"this process stood still for {seen - before:.0f} s while others waited for its KV blocks")
+                self._box.die(
+                    f"this process stood still for {seen - before:.0f} s while others waited for its KV blocks"
+                )
             with suppress(Exception):  # of a version that tells it otherwise: the load is unknown then
                 if self.loads.update(await _soon(self.engine.tokenizer_manager.get_loads())):
-                    self.moved = True
-                    self._wake()
+                    self._box.tell_moved()
             if not self._jobs and self.loads.settled:
                 break
             await asyncio.sleep(LOOK_S)
         self._looking = None
-
-
-def boot_time() -> float:
-    """Seconds, those included in which the host was suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 async def _soon(call: Awaitable[Any]) -> Any:

@@ -29,6 +29,7 @@ from p2pdyn.engines.base import (
 )
 from p2pdyn.engines.hosted import budget, card_of, folder_of, joined, log_to_stderr, one_line, weights_of
 from p2pdyn.engines.logtap import LogTap
+from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.sglang import arguments, handoff, sampling, versions
 from p2pdyn.engines.sglang.bridge import Bridge, Job
 
@@ -56,7 +57,8 @@ class SglangEngine:
     """See :class:`p2pdyn.engines.base.Engine`. ``wakeup_fd`` is readable when a step is due."""
 
     def __init__(self, options: EngineOptions) -> None:
-        self.wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._box = Postbox()
+        self.wakeup_fd = self._box.wakeup_fd
         self._options = options
         self._bridge: Bridge | None = None
         self._tap: LogTap | None = None
@@ -129,7 +131,7 @@ class SglangEngine:
             return sglang.Engine(server_args=parsed.server)
 
         progress(0.2, "starting SGLang")
-        bridge = Bridge(build, self._wake, bool(parsed.moves_kv))
+        bridge = Bridge(build, self._box, bool(parsed.moves_kv))
         dying: float | None = None
         while not bridge.started.wait(0.05):
             with suppress(queue.Empty):
@@ -257,25 +259,16 @@ class SglangEngine:
             self._bridge.abort(order.key)
 
     def next_step(self, now: float) -> float | None:
-        bridge = self._bridge
-        assert bridge is not None
-        return now if self._instant or bridge.arrived or bridge.moved or bridge.death else None
+        return now if self._instant or self._box.due else None
 
     def step(self, now: float) -> Step:
         """What has arrived since the last one."""
-        bridge = self._bridge
-        assert bridge is not None
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.wakeup_fd)
-        bridge.moved = False
-        if bridge.death and not bridge.arrived:
-            cause = f": {self._tap.error}" if self._tap is not None and self._tap.error else ""
-            raise EngineError(f"{bridge.death}{cause}")
+        self._box.begin_step(self._tap.error if self._tap is not None else "")
         outputs: dict[int, Output] = {item.key: item for item in self._instant}
         self._instant = []
         step = Step()
-        while bridge.arrived:
-            item = bridge.arrived.popleft()
+        while self._box.arrived:
+            item = self._box.arrived.popleft()
             if item.key not in self._open:
                 continue
             if isinstance(item, Held):
@@ -301,10 +294,7 @@ class SglangEngine:
 
     # ---- other threads, and signals
 
-    def _wake(self) -> None:
-        os.eventfd_write(self.wakeup_fd, 1)
-
     def _on_quit(self) -> None:
         self._quit = True
         if self._bridge is not None:
-            self._bridge.die("one of SGLang's processes has failed")
+            self._box.die("one of SGLang's processes has failed")

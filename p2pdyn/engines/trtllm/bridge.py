@@ -1,7 +1,7 @@
 """tensorrt_llm.LLM on an event loop in a thread of its own.
 
-Everything public here is called from the engine's thread; what TensorRT-LLM answers is left in :attr:`Bridge.arrived`
-and :attr:`Bridge.kv`, and ``wake`` is called, from the loop's thread, once a turn in which something was.
+Everything public here is called from the engine's thread; what TensorRT-LLM answers is put into ``box``, its KV
+events into :attr:`Bridge.kv`.
 
 A request that fetches another worker's cache must not be aborted before its first token: TensorRT-LLM would take blocks
 back that are being written to.  It is read on, silently, and aborted then.
@@ -13,13 +13,13 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from p2pdyn.engines.base import Held, KvEvent, Output
 from p2pdyn.engines.hosted import one_line
+from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.trtllm import handoff, sampling
 from p2pdyn.engines.trtllm.arguments import TRANSFER_TIMEOUT_MS
 from p2pdyn.engines.trtllm.events import Events
@@ -72,22 +72,16 @@ class Job:
 class Bridge:
     """``llm`` is loaded. The loop begins with :meth:`start`."""
 
-    def __init__(self, llm: Any, stats: Stats, events: Events | None, wake: Callable[[], None]) -> None:
-        self.arrived: deque[Output | Held] = deque()
+    def __init__(self, llm: Any, stats: Stats, events: Events | None, box: Postbox) -> None:
         self.kv: deque[KvEvent] = deque()
-        self.moved = False
-        """TensorRT-LLM has made iterations, or is idle now. Told by empty steps of ours, by which load is reported."""
-        self.death = ""
-        """Why it does not go on, once it does not."""
         self.busy = False
         self._llm = llm
         self._stats = stats
         self._poller = Poller(llm, stats, events)
-        self._wake = wake
+        self._box = box
         self._jobs: dict[int, Job] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: dict[int, Any] = {}
-        self._flushing = False
         self._failure: Exception | None = None
         self._started = threading.Event()
         self._loop: asyncio.AbstractEventLoop
@@ -177,8 +171,8 @@ class Bridge:
         if self._jobs.get(job.key) is job:
             del self._jobs[job.key]
         if not self._jobs:
-            self.busy, self.moved = False, True
-            self._flush_soon()
+            self.busy, self._box.moved = False, True
+            self._box.wake_soon()
 
     def _cancel(self, key: int) -> None:
         job = self._jobs.get(key)
@@ -213,7 +207,7 @@ class Bridge:
         try:
             job.result = self._llm.generate_async(**job.options)  # it validates before it submits
         except Exception as error:
-            self._put(Output(job.key, (), "error", detail=one_line(error)))
+            self._box.put(Output(job.key, (), "error", detail=one_line(error)))
             return
         try:
             await self._read(job)
@@ -237,7 +231,7 @@ class Bridge:
 
     async def _failed(self, job: Job, error: Exception) -> None:
         if type(error).__name__ != "RequestError":  # its one class for what concerns a single request
-            self.die(f"TensorRT-LLM failed: {type(error).__name__}: {one_line(error)}")
+            self._box.die(f"TensorRT-LLM failed: {type(error).__name__}: {one_line(error)}")
         elif job.over:
             log.debug("an aborted request ended: %s", one_line(error))
         elif job.pulling:
@@ -245,7 +239,7 @@ class Bridge:
             job.options, job.alone, job.cached = job.alone, {}, None
             await self._serve(job)
         else:
-            self._put(Output(job.key, (), "error", detail=one_line(error)))
+            self._box.put(Output(job.key, (), "error", detail=one_line(error)))
 
     def _take(self, job: Job, answer: Any) -> None:
         try:
@@ -258,7 +252,7 @@ class Bridge:
             job.over = True
             if not answer.finished:
                 self._finish(job)
-        self._put(note)
+        self._box.put(note)
 
     def _hand_over(self, job: Job, answer: Any) -> Held | Output | None:
         if not answer.finished:
@@ -288,41 +282,23 @@ class Bridge:
         job.told += len(tokens)
         return output
 
-    def _put(self, item: Output | Held) -> None:
-        self.arrived.append(item)
-        self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        """One turn later all answers of the same iteration are there."""
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        self._wake()
-
-    def die(self, reason: str) -> None:
-        self.death = self.death or reason
-        self._wake()
-
     # ---- looking after it
 
     async def _look(self) -> None:
         """Events and statistics are polled; TensorRT-LLM pushes neither."""
-        while not self.death:
+        while not self._box.death:
             await self._poll()
             await asyncio.sleep(BUSY_S if self._poller.found or self._jobs else IDLE_S)
 
     async def _poll(self) -> None:
         stepped, events = await self._poller.look()
         self.kv.extend(events)
-        self.moved = self.moved or (stepped and bool(self._jobs))
-        if events or self.moved:
-            self._flush_soon()
+        self._box.moved = self._box.moved or (stepped and bool(self._jobs))
+        if events or self._box.moved:
+            self._box.wake_soon()
 
     async def _watch(self) -> None:
-        while not self.death:
+        while not self._box.death:
             await asyncio.sleep(HEALTH_S)
             if reason := await ended(self._llm):
-                self.die(reason)
+                self._box.die(reason)

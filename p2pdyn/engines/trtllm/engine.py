@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from p2pdyn.engines.base import (
     TransferOrder,
 )
 from p2pdyn.engines.hosted import budget, card_of, folder_of, joined, log_to_stderr, one_line, weights_of
+from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.trtllm import arguments, handoff, sampling, strays, versions
 from p2pdyn.engines.trtllm.bridge import Bridge, Job
 from p2pdyn.engines.trtllm.events import Events
@@ -41,7 +41,8 @@ class TrtllmEngine:
     """See :class:`p2pdyn.engines.base.Engine`. ``wakeup_fd`` is readable when a step is due."""
 
     def __init__(self, options: EngineOptions) -> None:
-        self.wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._box = Postbox()
+        self.wakeup_fd = self._box.wakeup_fd
         self._options = options
         self._stats = Stats()
         self._bridge: Bridge | None = None
@@ -105,7 +106,7 @@ class TrtllmEngine:
         events = None
         if on and not parsed.get("enable_attention_dp"):
             events = Events(self._block_size, {one.lora_int_id: name for name, one in self._loras.items()})
-        bridge = Bridge(llm, self._stats, events, self._wake)
+        bridge = Bridge(llm, self._stats, events, self._box)
         try:
             bridge.start()
         except Exception as error:
@@ -218,24 +219,19 @@ class TrtllmEngine:
             self._bridge.release(order.key)
 
     def next_step(self, now: float) -> float | None:
-        bridge = self._bridge
-        assert bridge is not None
-        return now if self._instant or bridge.arrived or bridge.kv or bridge.moved or bridge.death else None
+        assert self._bridge is not None
+        return now if self._instant or self._bridge.kv or self._box.due else None
 
     def step(self, now: float) -> Step:
         """What has arrived since the last one."""
         bridge = self._bridge
         assert bridge is not None
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.wakeup_fd)
-        bridge.moved = False
-        if bridge.death and not bridge.arrived:
-            raise EngineError(bridge.death)
+        self._box.begin_step()
         outputs = {output.key: output for output in self._instant}
         self._instant = []
         step = Step()
-        while bridge.arrived:
-            item = bridge.arrived.popleft()
+        while self._box.arrived:
+            item = self._box.arrived.popleft()
             if item.key not in self._open:
                 if isinstance(item, Held):
                     bridge.release(item.key)
@@ -257,11 +253,6 @@ class TrtllmEngine:
             self._bridge.close()
             self._bridge = None
             strays.end(self._options.data_dir)
-
-    # ---- the bridge's thread
-
-    def _wake(self) -> None:
-        os.eventfd_write(self.wakeup_fd, 1)
 
 
 def _fields() -> frozenset[str] | None:

@@ -1,7 +1,6 @@
 """AsyncLLM on an event loop in a thread of its own.
 
-Everything public here is called from the engine's thread; what vLLM answers is left in :attr:`Bridge.arrived`, and
-``wake`` is called, from the loop's thread, once a turn in which something was.
+Everything public here is called from the engine's thread; what vLLM answers is put into ``box``.
 """
 
 from __future__ import annotations
@@ -9,21 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from p2pdyn.engines.base import Held, Output
-from p2pdyn.engines.hosted import one_line
+from p2pdyn.engines.base import Output
+from p2pdyn.engines.hosted import boot_time, one_line
+from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.vllm import handoff
 from p2pdyn.engines.vllm.arguments import LEASE_S
 from p2pdyn.engines.vllm.sampling import from_vllm, warm_params
 
 log = logging.getLogger(__name__)
 
+ENDED = "vLLM's engine core has ended"
 WATCH_S = 1.0
 JUMP_S = LEASE_S / 2
 """A clock that advanced this far between two looks means that this process stood still."""
@@ -53,24 +52,17 @@ class Job:
 class Bridge:
     """``build`` makes the AsyncLLM; it is called in the loop's thread and may take minutes."""
 
-    def __init__(self, build: Callable[[], Any], wake: Callable[[], None], news: Callable[[], str]) -> None:
-        self.arrived: deque[Output | Held] = deque()
-        self.moved = False
-        """vLLM's core has made steps. Told by empty steps of ours, by which load is reported and long prompts show
-        that they go on."""
-        self.death = ""
-        """Why vLLM does not go on, once it does not."""
+    def __init__(self, build: Callable[[], Any], box: Postbox, news: Callable[[], str]) -> None:
         self.llm: Any = None
         self.failure: Exception | None = None
         self.started = threading.Event()
         """Either ``llm`` is there, or ``failure``."""
         self._build = build
-        self._wake = wake
+        self._box = box
         self._news = news
         self._jobs: dict[int, tuple[Job, asyncio.Task[None]]] = {}
         self._again: dict[int, Job] = {}
         """To be computed here once the prefix cache is empty."""
-        self._flushing = False
         self._telling: asyncio.TimerHandle | None = None
         self._seen = 0.0
         self._loop: asyncio.AbstractEventLoop
@@ -182,30 +174,16 @@ class Bridge:
                         return  # _recover has it now
                     self._take(job, result)
         except EngineDeadError:
-            self.die("")
+            self._box.die(ENDED)
         except Exception as error:
-            self._put(Output(job.key, (), "error", detail=one_line(error.__cause__ or error)))
+            self._box.put(Output(job.key, (), "error", detail=one_line(error.__cause__ or error)))
 
     def _take(self, job: Job, result: Any) -> None:
         first, job.silent = job.silent, False
         if not job.hand_over:
-            self._put(from_vllm(job.key, result, first, job.alternatives))
+            self._box.put(from_vllm(job.key, result, first, job.alternatives))
         elif result.finished:
-            self._put(handoff.held(job.key, result))
-
-    def _put(self, item: Output | Held) -> None:
-        self.arrived.append(item)
-        self._flush_soon()
-
-    def _flush_soon(self) -> None:
-        """One turn later all outputs of the same engine step are there."""
-        if not self._flushing:
-            self._flushing = True
-            self._loop.call_soon(self._flush)
-
-    def _flush(self) -> None:
-        self._flushing = False
-        self._wake()
+            self._box.put(handoff.held(job.key, result))
 
     def core_stepped(self) -> None:
         """A step of vLLM's core; the last one of several is always told."""
@@ -214,22 +192,17 @@ class Bridge:
 
     def _tell(self) -> None:
         self._telling = None
-        self.moved = True
-        self._wake()
-
-    def die(self, reason: str) -> None:
-        self.death = self.death or reason or "vLLM's engine core has ended"
-        self._wake()
+        self._box.tell_moved()
 
     # ---- watch
 
     async def _watch(self) -> None:
         told = self._seen
-        while not self.death:
+        while not self._box.death:
             await asyncio.sleep(WATCH_S)
             self._stood_still()
             if self.llm.errored:
-                self.die("")
+                self._box.die(ENDED)
             if self._seen - told >= NEWS_S:
                 told = self._seen
                 if line := self._news():
@@ -258,7 +231,7 @@ class Bridge:
         deadline = self._loop.time() + RESET_S
         while not await self._reset():
             if self._loop.time() > deadline:
-                self.die("vLLM did not empty its prefix cache after this process had stood still")
+                self._box.die("vLLM did not empty its prefix cache after this process had stood still")
                 return
             await asyncio.sleep(0.1)
         self._open.set()
@@ -283,8 +256,3 @@ class Bridge:
             done = [error]
         if True not in done:
             log.debug("request %s ends with its lease: %s", request, done)
-
-
-def boot_time() -> float:
-    """Seconds, those included in which the host was suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)

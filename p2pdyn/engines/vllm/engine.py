@@ -25,6 +25,7 @@ from p2pdyn.engines.base import (
 )
 from p2pdyn.engines.hosted import budget, card_of, folder_of, joined, log_to_stderr, one_line, weights_of
 from p2pdyn.engines.logtap import LogTap
+from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.vllm import arguments, handoff, sampling, versions
 from p2pdyn.engines.vllm.bridge import Bridge, Job
 from p2pdyn.engines.vllm.logtap import ERROR, STAGES, VAGUE
@@ -43,7 +44,8 @@ class VllmEngine:
     """See :class:`p2pdyn.engines.base.Engine`. ``wakeup_fd`` is readable when a step is due."""
 
     def __init__(self, options: EngineOptions) -> None:
-        self.wakeup_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._box = Postbox()
+        self.wakeup_fd = self._box.wakeup_fd
         self._options = options
         self._stats = Stats(lambda: self._bridge.core_stepped() if self._bridge is not None else None)
         self._bridge: Bridge | None = None
@@ -114,7 +116,7 @@ class VllmEngine:
             )
 
         progress(0.2, "starting vLLM")
-        bridge = Bridge(build, self._wake, self._stats.news)
+        bridge = Bridge(build, self._box, self._stats.news)
         while not bridge.started.wait(0.05):
             with suppress(queue.Empty):
                 progress(*stages.get_nowait())
@@ -191,25 +193,18 @@ class VllmEngine:
             self._bridge.release(request)
 
     def next_step(self, now: float) -> float | None:
-        bridge = self._bridge
-        assert bridge is not None
-        return now if self._instant or bridge.arrived or bridge.moved or bridge.death else None
+        return now if self._instant or self._box.due else None
 
     def step(self, now: float) -> Step:
         """What has arrived since the last one."""
         bridge = self._bridge
         assert bridge is not None
-        with suppress(BlockingIOError):
-            os.eventfd_read(self.wakeup_fd)
-        bridge.moved = False
-        if bridge.death and not bridge.arrived:
-            cause = f": {self._tap.error}" if self._tap is not None and self._tap.error else ""
-            raise EngineError(f"{bridge.death}{cause}")
+        self._box.begin_step(self._tap.error if self._tap is not None else "")
         outputs = {output.key: output for output in self._instant}
         self._instant = []
         transfers = []
-        while bridge.arrived:
-            item = bridge.arrived.popleft()
+        while self._box.arrived:
+            item = self._box.arrived.popleft()
             if item.key not in self._open:
                 if isinstance(item, Held):
                     bridge.release(handoff.request_of(item.params))
@@ -238,11 +233,6 @@ class VllmEngine:
             leftovers.remove(self._options.data_dir)
         if self._parsed is not None and self._parsed.sockets is not None:
             shutil.rmtree(self._parsed.sockets, ignore_errors=True)
-
-    # ---- the bridge's thread
-
-    def _wake(self) -> None:
-        os.eventfd_write(self.wakeup_fd, 1)
 
 
 def _configured(args: Any) -> Any:
