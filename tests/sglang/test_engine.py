@@ -8,11 +8,11 @@ import re
 import signal
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pytest
 from support.engines import Result, sequence
+from support.processes import in_group, name_of
 from support.sglang_engine import Alone, Sglang, needs_sglang
 from support.tiny_llama import CONTEXT
 from support.vllm_engine import Lab
@@ -187,28 +187,10 @@ def test_the_end_of_a_scheduler_is_told_and_ends_all(lab: Lab, sglang: Sglang) -
         sglang.runner.submit([running])
         await sglang.until(lambda: running.key in sglang.results)
         group = sglang.group
-        (scheduler,) = [pid for pid in members(group) if "scheduler" in name_of(pid)]
+        (scheduler,) = [pid for pid in in_group(group) if "scheduler" in name_of(pid)]
         os.kill(scheduler, signal.SIGKILL)
         await sglang.until(lambda: sglang.deaths)
         assert "SGLang's process" in sglang.deaths[0]
-        await sglang.until(lambda: not members(group))
+        await sglang.until(lambda: not in_group(group))
 
     lab.run(body())
-
-
-def members(group: int) -> list[int]:
-    """The living processes of a process group."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[2]) == group and fields[0] not in "ZX":
-                found.append(int(entry.name))
-    return found
-
-
-def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()

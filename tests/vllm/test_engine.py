@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.engines import Result, sequence
+from support.processes import in_group, name_of
 from support.tiny_llama import CONTEXT, END
 from support.vllm_engine import Lab, Vllm, needs_vllm
 
@@ -287,28 +288,10 @@ def test_the_end_of_the_engine_core_is_told_and_ends_all(lab: Lab, vllm: Vllm) -
         await vllm.until(lambda: running.key in vllm.results)
         group = vllm.runner.pid
         assert group is not None
-        (core,) = [pid for pid in members(group) if "EngineCor" in name_of(pid)]
+        (core,) = [pid for pid in in_group(group) if "EngineCor" in name_of(pid)]
         os.kill(core, signal.SIGKILL)
         await vllm.until(lambda: vllm.deaths)
         assert "engine core" in vllm.deaths[0]
-        await vllm.until(lambda: not members(group))
+        await vllm.until(lambda: not in_group(group))
 
     lab.run(body())
-
-
-def members(group: int) -> list[int]:
-    """The living processes of a process group."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[2]) == group and fields[0] not in "ZX":
-                found.append(int(entry.name))
-    return found
-
-
-def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import pytest
 import uvloop
 from engines.conformance.subjects import Subject
+from support.processes import in_group
 
 from p2pdyn.core.kvblocks import KvBlocks
 from p2pdyn.core.kvhash import root_seed, sequence_hashes
@@ -319,14 +320,8 @@ class Driven:
         os.kill(self.group, signal.SIGKILL)
 
     def processes(self) -> list[int]:
-        """The living processes of its group."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError, ValueError):
-                state, _, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(group) == self.group and state not in "ZX":
-                    found.append(int(entry.name))
-        return found
+        """The living ones of its group."""
+        return in_group(self.group)
 
 
 def like(sequence: Sequence, **fields: Any) -> Sequence:
