@@ -116,9 +116,7 @@ class Node:
         except ValueError as error:
             raise ConfigError(str(error)) from None
         security = self._security()
-        if config.http is not None:  # here, because it would hold up the mesh for a quarter of a second
-            import p2pdyn.http.server
-            import p2pdyn.net.dispatch  # noqa: F401
+        _import_parts(config)
         sockets = self.sockets = Sockets(security)
         self.stack.callback(sockets.close)
         try:
@@ -184,7 +182,6 @@ class Node:
         )
 
     async def _start_http(self, sockets: Sockets) -> None:
-        # Imported here: a worker without an endpoint pays for none of it.
         from p2pdyn.http.server import HttpServer, HttpSettings
         from p2pdyn.net.dispatch import Dispatcher
 
@@ -459,6 +456,19 @@ class Node:
             elif not still and self.info.state == STALLED:
                 self.worker.resume()
                 self._tell(state=READY, detail="")
+
+
+def _import_parts(config: Config) -> None:
+    """What this peer needs and not every one pays for. Before the mesh is there, whose loop the imports would hold up
+    for up to 0.3 s."""
+    if config.http is not None:
+        import p2pdyn.http.server
+        import p2pdyn.net.dispatch
+    if config.engine != "none" and config.kv_transfer != "off":
+        import p2pdyn.net.transfers
+        import p2pdyn.transfer.choose
+    if config.mdns:
+        import p2pdyn.net.mdns  # noqa: F401
 
 
 def _raise_descriptor_limit() -> None:

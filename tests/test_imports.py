@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +67,35 @@ def test_a_frontend_loads_no_numpy() -> None:
 
     assert added & {"numpy", "gguf", "torch"} == set()
     assert added & {"starlette", "uvicorn", "anyio"} == set(), "they come with the first request that needs them"
+
+
+NODE = """
+import asyncio, json, sys
+from pathlib import Path
+from p2pdyn import node
+from p2pdyn.config import Config
+from p2pdyn.core.types import Address
+had, make = set(), node.Sockets
+def sockets(security):
+    had.update(sys.modules)
+    return make(security)
+node.Sockets = sockets
+async def main():
+    stop = asyncio.Event()
+    config = Config(Path(sys.argv[1]), "n", engine="sim", port=0, http=Address("127.0.0.1", 0))
+    await node.run(config, ready=lambda info: stop.set(), stop=stop)
+asyncio.run(main())
+print(json.dumps(sorted(set(sys.modules) - had)))
+"""
+
+
+def test_a_node_imports_its_parts_before_its_loop_has_peers_to_answer(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NODE, str(tmp_path)], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    ours = {name for name in json.loads(done.stdout) if name.startswith("p2pdyn.")}
+
+    assert {name for name in ours if not name.startswith("p2pdyn.engines.")} == set()
+    assert "p2pdyn.engines.sim" in ours, "in a thread of its own"
