@@ -452,7 +452,7 @@ class Flights:
             self.routes.leave(flight.rid, flight.job)
             self._waiting.pop(flight.rid, None)
             self._held.pop(flight.rid, None)
-            self._accused.pop(flight.rid, None)
+        self._accused.pop(flight.rid, None)
         self._leave(flight, now)
         self.blame.forget(flight.rid)
         del self.open[flight.rid]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2pdyn.core.blame import DEATH_LIMIT, TRIAL_S, Blame
+from p2pdyn.core.blame import DEATH_LIMIT, PROOF_S, TRIAL_S, Blame
 from p2pdyn.core.flight import TRIALS_S, Flights
 from p2pdyn.core.flight_parts import Abandon, Action, Dispatch
 from p2pdyn.core.request import Job, Logprobs, Outcome
@@ -68,10 +68,11 @@ class Cluster:
             elif isinstance(action, Abandon):
                 self.jobs[action.worker].pop(action.rid, None)
 
-    def submit(self, tokens: int) -> int:
+    def submit(self, tokens: int, resumable: bool = True) -> int:
         reader = Reader()
         reader.heard = self.now
-        rid, actions = self.flights.submit(Job("m", array("I", [1, 2, 3]), SamplingParams()), reader, self.now)
+        job = Job("m", array("I", [1, 2, 3]), SamplingParams(), resumable)
+        rid, actions = self.flights.submit(job, reader, self.now)
         self.readers[rid], self.most[rid] = reader, tokens
         self.take(actions)
         return rid
@@ -244,6 +245,23 @@ def test_losses_that_are_no_deaths_make_no_suspects(died: bool) -> None:
         assert worker is not None
         cluster.take(cluster.flights.worker_lost(worker, "silent", 0.0, died=died))
     assert cluster.flights.blame.suspect(rid) == died
+
+
+def test_a_suspect_that_cannot_be_continued_ends_with_its_third_worker() -> None:
+    cluster = Cluster(4, lambda rid, age: False)
+    rid = cluster.submit(100, resumable=False)
+    for deaths in range(1, DEATH_LIMIT + 1):
+        if deaths == DEATH_LIMIT:
+            cluster.step()  # the client has a token
+        worker = cluster.flights.open[rid].worker
+        assert worker is not None
+        cluster.die(worker)
+    ended = cluster.readers[rid].outcome
+    assert ended is not None
+    assert ended.failure is not None
+    assert (ended.failure.status, ended.failure.code) == (503, "worker_lost")
+    cluster.now += PROOF_S
+    cluster.step()  # nobody is left to be sentenced
 
 
 def test_a_worker_that_comes_back_unchanged_acquits_whom_it_was_lost_with() -> None:
