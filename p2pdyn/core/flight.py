@@ -4,7 +4,7 @@ States of a flight and the way out of each (one release for all of them, :meth:`
 
     waiting   no routable worker yet      -> running, failed (deadline), cancelled
     queued    all workers are saturated   -> running, waiting, failed (deadline), cancelled
-    held      may kill its worker, to be tried alone (core/blame.py) -> running, waiting, failed (deadline), cancelled
+    held      may kill its worker, to be tried alone (core/trials.py) -> running, waiting, failed (deadline), cancelled
     prefill   a prefill worker computes   -> running, cancelled, failed; lost there: as running when its worker is lost
     running   a worker has it             -> done, failed, cancelled, running on another worker (migration), waiting
 
@@ -26,13 +26,13 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from p2pdyn.core.blame import DEATH_LIMIT, PROOF_S, Blame
 from p2pdyn.core.flight_parts import Abandon, Action, Dispatch, Flight, Lent, Transfer
 from p2pdyn.core.request import Failure, Job, Logprobs, Outcome, Rejected, Sink
 from p2pdyn.core.router import Decision
 from p2pdyn.core.router_cost import Pull
 from p2pdyn.core.router_target import Target
 from p2pdyn.core.routes import Routes, Serving
+from p2pdyn.core.trials import Trials
 from p2pdyn.core.types import DECODE, Load, NodeId, moves_alike, only_pulls
 from p2pdyn.wire.requests import Prefilled, Row
 
@@ -46,9 +46,6 @@ Beyond that each is a failure, so that attempts, a u8, are bounded."""
 
 REFUSED_LIMIT = 3
 """Workers with no room for it that are asked before the client is told to come back."""
-
-TRIALS_S = 60.0
-"""A request under suspicion waits that long for a worker that no other one of them is tried on."""
 
 WAIT_S = 5.0
 """Seconds a request waits for a routable worker (links are opened at the first request for a model)."""
@@ -74,13 +71,7 @@ class Flights:
         self.open: dict[int, Flight] = {}
         self._waiting: dict[int, Flight] = {}
         self._at: dict[NodeId, dict[int, Flight]] = {}
-        self.blame = Blame()
-        self._held: dict[int, Flight] = {}
-        """Suspects that wait until they can be tried alone."""
-        self._room = False
-        """One of them might now."""
-        self._accused: dict[int, tuple[NodeId, str]] = {}
-        """Those whose worker seems to have died during their trial, and why it is lost."""
+        self.trials = Trials()
         self.migrations = 0
         self.holes = 0
         self.stale = 0
@@ -99,7 +90,7 @@ class Flights:
     def routable(self, serving: Mapping[str, Serving], now: float) -> list[Action]:
         """Take over who serves which model; waiting requests that now can start do."""
         self.routes.update(serving)
-        self._room = True
+        self.trials.room = True
         actions: list[Action] = []
         for flight in [f for f in self._waiting.values() if self.routes.serves(f.job.model)]:
             actions += self._route(flight, now)
@@ -155,7 +146,7 @@ class Flights:
                         continue
                     cached = self._first_token(flight, cached, now)
                 elif flight.trial and now >= flight.trial:
-                    self._acquit(flight)
+                    self.trials.passed(flight)
                 flight.received = offset + len(tokens)
                 flight.output.extend(tokens)
                 flight.sink.on_tokens(
@@ -163,7 +154,7 @@ class Flights:
                 )
             if finish:
                 actions += self._finish(flight, finish, now)
-        if self.routes.crowded or self._room:
+        if self.routes.crowded or self.trials.room:
             actions += self._admit(now)
         return actions
 
@@ -188,7 +179,7 @@ class Flights:
             flight = mine.get(rid)
             if flight is None or flight.attempt != attempt:
                 actions.append(Abandon(worker, rid, attempt))
-            elif self._resumable(flight) and not flight.job.pin and self.routes.serves(flight.job.model):
+            elif flight.resumable and not flight.job.pin and self.routes.serves(flight.job.model):
                 actions += self._lost(flight, f"worker {worker} drained", now, planned=True)
         return actions
 
@@ -215,7 +206,7 @@ class Flights:
             self.prefill_fallbacks += 1
         flight.attempt += 1
         flight.since = now
-        tokens = self._tokens_of(flight)
+        tokens = flight.tokens
         decision = self.routes.again(flight.job, tokens, first, flight.failed, now)
         if decision is None:
             self._waiting[flight.rid] = flight
@@ -230,9 +221,8 @@ class Flights:
         of them may have done; :meth:`worker_lives` takes that back."""
         self.routes.lost(worker)
         flights = list(self._at.get(worker, {}).values())
-        accused = self.blame.died(worker, [flight.rid for flight in flights]) if died and flights else None
-        if accused is not None:
-            self._accused[accused] = worker, reason
+        if died and flights:
+            self.trials.died(worker, [flight.rid for flight in flights], reason)
         actions: list[Action] = []
         for flight in flights:
             actions += self._lost(flight, reason, now, tell=False)
@@ -242,10 +232,7 @@ class Flights:
 
     def worker_lives(self, worker: NodeId, now: float) -> list[Action]:
         """It is the same as before: it was cut off and has not died."""
-        self.blame.lives(worker)
-        for rid in [rid for rid, (by, _) in self._accused.items() if by == worker]:
-            del self._accused[rid]
-        self._room = True
+        self.trials.lives(worker)
         return self._admit(now)
 
     def runs(self, worker: NodeId, rid: int, attempt: int) -> bool:
@@ -277,24 +264,13 @@ class Flights:
         for flight in [f for f in self._waiting.values() if f.since + WAIT_S <= now]:
             message = f"No ready worker for model {flight.job.model!r} could be reached; retry in a moment."
             actions += self._fail(flight, Failure(503, "no_ready_worker", message, 1), now)
-        actions += self._sentence(now)
-        for flight in [f for f in self._held.values() if f.since + TRIALS_S <= now]:
-            message = "Workers died that ran this request among others, and none is free to run it alone; retry later."
-            actions += self._fail(flight, Failure(503, "worker_lost", message, 5), now)
+        for rid, failure in self.trials.guilty(now):
+            actions += self._fail(self.open[rid], failure, now)
+        for flight, failure in self.trials.overdue(now):
+            actions += self._fail(flight, failure, now)
         for rid, failure in self.routes.overdue(now):
             actions += self._fail(self.open[rid], failure, now)
         return actions + self._admit(now)
-
-    def _sentence(self, now: float) -> list[Action]:
-        """End those whose workers have not come back."""
-        actions: list[Action] = []
-        for rid, (_, reason) in list(self._accused.items()):
-            if self.open[rid].since + PROOF_S <= now:
-                self.blame.convict(rid)
-                text = f"Each of {DEATH_LIMIT} workers that ran this request died, the last one of it alone: {reason}."
-                actions += self._fail(self.open[rid], Failure(500, "request_kills_workers", text), now)
-                self._room = True
-        return actions
 
     def next_deadline(self) -> float | None:
         return min((flight.since + WAIT_S for flight in self._waiting.values()), default=None)
@@ -302,22 +278,23 @@ class Flights:
     # Inside.
 
     def _route(self, flight: Flight, now: float) -> list[Action]:
-        if flight.rid in self._accused:
-            self._held[flight.rid] = flight
+        trials = self.trials
+        if trials.accused(flight.rid):
+            trials.held[flight.rid] = flight
             return self._give_up(flight)
-        tokens = self._tokens_of(flight)
-        suspect = self.blame.suspect(flight.rid)
+        tokens = flight.tokens
+        suspect = trials.suspect(flight.rid)
         # Not straight back to the worker that just failed.
-        decision = self.routes.choose(flight.job, tokens, flight.failed, now, self.blame.trials if suspect else ())
+        decision = self.routes.choose(flight.job, tokens, flight.failed, now, trials.taken if suspect else ())
         self._waiting.pop(flight.rid, None)
         if decision is None:
-            idle = self._held if suspect and self.routes.serves(flight.job.model) else self._waiting
+            idle = trials.held if suspect and self.routes.serves(flight.job.model) else self._waiting
             idle[flight.rid] = flight
             return self._give_up(flight)
         prefill = None
         must = decision.target.role == DECODE and only_pulls(decision.target.moves_kv)
         if suspect and not must:
-            flight.trial = self.blame.begin(flight.rid, decision.target.worker)
+            trials.begin(flight, decision.target.worker)
         elif decision.target.role == DECODE and flight.lent is None:
             prefill = self.routes.prefill(flight.job, decision, flight.failed_prefill, now)
             if must and prefill is None:
@@ -382,10 +359,6 @@ class Flights:
             transfer,
         )  # fmt: skip
 
-    @staticmethod
-    def _tokens_of(flight: Flight) -> array[int]:
-        return flight.job.tokens + flight.output if flight.output else flight.job.tokens
-
     def _give_up(self, flight: Flight) -> list[Action]:
         """Nobody will take what a prefill worker holds for it."""
         lent, flight.lent = flight.lent, None
@@ -394,13 +367,10 @@ class Flights:
     def _admit(self, now: float) -> list[Action]:
         """Those whose turn it is leave the queue of saturated models, and suspects that can be tried are."""
         actions: list[Action] = []
-        if self._room:
-            self._room = False
-            held, self._held = self._held, {}
-            for flight in held.values():
-                if flight.rid not in self._accused and not self.routes.serves(flight.job.model):
-                    flight.since = now  # for WAIT_S
-                actions += self._route(flight, now)
+        for flight in self.trials.take():
+            if not self.trials.accused(flight.rid) and not self.routes.serves(flight.job.model):
+                flight.since = now  # for WAIT_S
+            actions += self._route(flight, now)
         for model in list(self.routes.crowded):
             while (rid := self.routes.next(model, now)) is not None:
                 actions += self._route(self.open[rid], now)
@@ -418,12 +388,6 @@ class Flights:
         self.cached_tokens += cached
         return cached
 
-    def _acquit(self, flight: Flight) -> None:
-        """Its tokens have come for long enough: it has not killed the workers that it was lost at."""
-        flight.trial = 0.0
-        self.blame.passed(flight.rid)
-        self._room = bool(self._held)
-
     def _leave(self, flight: Flight, now: float, computed: bool = False) -> None:
         """``computed``: the prompt, by a prefill worker."""
         worker = flight.worker
@@ -431,9 +395,7 @@ class Flights:
             return
         flight.worker = None
         if flight.trial:
-            flight.trial = 0.0
-            self.blame.left(flight.rid)
-            self._room = bool(self._held)
+            self.trials.left(flight)
         if flight.prefill is None:
             self.routes.router.finished(flight.rid, now, 0 if flight.prefilling else flight.received)
         else:
@@ -451,10 +413,8 @@ class Flights:
         if worker is None:
             self.routes.leave(flight.rid, flight.job)
             self._waiting.pop(flight.rid, None)
-            self._held.pop(flight.rid, None)
-        self._accused.pop(flight.rid, None)
         self._leave(flight, now)
-        self.blame.forget(flight.rid)
+        self.trials.forget(flight.rid)
         del self.open[flight.rid]
         actions: list[Action] = [Abandon(worker, flight.rid, flight.attempt)] if tell and worker is not None else []
         return actions if flight.lent is None else actions + self._give_up(flight)
@@ -472,11 +432,6 @@ class Flights:
         flight.sink.on_end(Outcome("error", tuple(flight.workers), flight.migrations, failure))
         return actions
 
-    @staticmethod
-    def _resumable(flight: Flight) -> bool:
-        """The client has seen nothing yet, or what it has seen can be continued."""
-        return flight.job.resumable or not flight.received
-
     def _lost(self, flight: Flight, reason: str, now: float, tell: bool = True, planned: bool = False) -> list[Action]:
         """``planned``: its worker drains, which is no failure of the request."""
         prefill = flight.prefill is not None
@@ -486,7 +441,7 @@ class Flights:
         else:
             flight.failed = flight.worker
         planned = planned and flight.moves < MOVE_LIMIT
-        if not self._resumable(flight) or (flight.failures >= MIGRATION_LIMIT and not planned):
+        if not flight.resumable or (flight.failures >= MIGRATION_LIMIT and not planned):
             # The client has already seen a part that nobody can continue, or it has cost enough workers.
             failure = Failure(503, "worker_lost", f"The request could not be completed: {reason}.", 1)
             return self._fail(flight, failure, now, tell)

@@ -95,5 +95,15 @@ class Flight:
     failed_prefill: NodeId | None = None
     lent: Lent | None = None
     trial: float = 0.0
-    """It may kill its workers (:mod:`p2pdyn.core.blame`): seconds for which its tokens must come, from the first token
+    """It may kill its workers (:mod:`p2pdyn.core.trials`): seconds for which its tokens must come, from the first token
     on the time at which they have; 0 if it does not run under suspicion."""
+
+    @property
+    def tokens(self) -> array[int]:
+        """Prompt and output so far."""
+        return self.job.tokens + self.output if self.output else self.job.tokens
+
+    @property
+    def resumable(self) -> bool:
+        """The client has seen nothing yet, or what it has seen can be continued."""
+        return self.job.resumable or not self.received

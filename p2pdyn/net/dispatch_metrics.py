@@ -37,7 +37,7 @@ def frontend_metrics(
             "p2pdyn_frontend_killers_total",
             "counter",
             "Generations ended as every worker that ran them died.",
-            flights.blame.convicted,
+            flights.trials.blame.convicted,
         ),
         ("p2pdyn_frontend_token_holes_total", "counter", "Generations whose token frames were lost.", flights.holes),
         ("p2pdyn_frontend_stale_frames_total", "counter", "Token frames of earlier attempts.", flights.stale),

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pdyn.core.blame import DEATH_LIMIT, PROOF_S, TRIAL_S, Blame
-from p2pdyn.core.flight import TRIALS_S, Flights
+from p2pdyn.core.flight import Flights
 from p2pdyn.core.flight_parts import Abandon, Action, Dispatch
 from p2pdyn.core.request import Job, Logprobs, Outcome
 from p2pdyn.core.router import Router
 from p2pdyn.core.routes import Endpoint, Routes, Serving
+from p2pdyn.core.trials import TRIALS_S
 from p2pdyn.core.types import NodeId, SamplingParams
 from p2pdyn.wire.requests import Delta
 
@@ -115,9 +116,9 @@ class Cluster:
         while self.flights.open and self.now < until:
             self.step()
         assert not self.flights.open
-        assert not self.flights.blame._deaths
-        assert not self.flights.blame._trials
-        assert not self.flights.blame._passed
+        assert not self.flights.trials.blame._deaths
+        assert not self.flights.trials.blame._trials
+        assert not self.flights.trials.blame._passed
 
 
 @settings(max_examples=60, deadline=None)
@@ -224,7 +225,7 @@ def test_a_suspect_is_given_up_if_no_worker_is_ever_free() -> None:
     cluster = Cluster(1, lambda rid, age: False)
     one, other = cluster.submit(10), cluster.submit(10)
     for worker in W[5:7]:
-        cluster.flights.blame.died(worker, [one, other])
+        cluster.flights.trials.blame.died(worker, [one, other])
     cluster.take(cluster.flights.worker_lost(W[0], "silent", cluster.now))
     cluster.serve()
     assert cluster.flights.open_at(W[0]) == 1
@@ -244,7 +245,7 @@ def test_losses_that_are_no_deaths_make_no_suspects(died: bool) -> None:
         worker = cluster.flights.open[rid].worker
         assert worker is not None
         cluster.take(cluster.flights.worker_lost(worker, "silent", 0.0, died=died))
-    assert cluster.flights.blame.suspect(rid) == died
+    assert cluster.flights.trials.blame.suspect(rid) == died
 
 
 def test_a_suspect_that_cannot_be_continued_ends_with_its_third_worker() -> None:

@@ -406,13 +406,13 @@ class FlightMachine(RuleBasedStateMachine):
         for target in self.flights.routes.targets():
             assert target.mine == self.flights.open_at(target.worker)
         idle = {flight.rid for flight in self.flights.open.values() if flight.worker is None}
-        assert not self.flights._waiting.keys() & self.flights._held.keys()
-        waiting = set(self.flights._waiting) | set(self.flights._held)
+        assert not self.flights._waiting.keys() & self.flights.trials.held.keys()
+        waiting = set(self.flights._waiting) | set(self.flights.trials.held)
         assert waiting <= idle
-        trials = self.flights.blame.trials
-        assert not self.flights._held or self.flights._room or trials or self.flights._accused
-        assert self.flights._accused.keys() <= self.flights._held.keys() | self.flights._waiting.keys()
-        for worker, rid in self.flights.blame._trials.items():
+        trials = self.flights.trials.blame.trials
+        assert not self.flights.trials.held or self.flights.trials.room or trials or self.flights.trials._accused
+        assert self.flights.trials._accused.keys() <= self.flights.trials.held.keys()
+        for worker, rid in self.flights.trials.blame._trials.items():
             assert self.flights.open[rid].worker == worker
         assert len(idle - waiting) == self.flights.routes.queued().get(MODEL, 0)
         assert (idle == waiting) == (not self.flights.routes.crowded)

@@ -316,7 +316,7 @@ def test_an_engine_that_stands_still_loses_its_streams_and_takes_no_new_ones(run
         for _ in range(2):
             _, late = bench.submit(max_tokens=4)
             assert (await late.outcome).workers[-1] == other.node
-        assert not bench.dispatcher.flights.blame._deaths
+        assert not bench.dispatcher.flights.trials.blame._deaths
         victim.service.resume()
         bench.refresh()
         _, pinned = bench.submit(pin=victim.node)
