@@ -19,15 +19,19 @@ from chaos.cluster import FRONTENDS, WORKERS, Cluster, wait_at_rest
 from chaos.faults import Injector
 from chaos.load import Asked, Load
 from chaos.schedule import Fault, schedule
-from chaos.verdict import GRACE_S, Trouble, faults_on, lost
-from chaos.vitals import Vitals, descriptors_kept
+from chaos.verdict import DESCRIPTOR_SLACK, GRACE_S, RSS_LIMIT, Trouble, descriptors_grown, faults_on, lost
+from chaos.vitals import Vitals
 from netns.lab import missing
 
 CALM_S = 3.0
 """Load without a fault before the first one and after the last one."""
-SLACK = 32
-"""Descriptors more than at first: a worker keeps its links to the three others whose KV blocks it has taken. One lost
-at each reconnection would be more."""
+GROWTH_JUDGED_S = 300.0
+"""Faults for less than this: growth of memory is reported, and plays no part in ``ok``."""
+PROMISES = (
+    *("wrong", "lost", "unanswered", "not_at_rest_before", "not_at_rest_after", "ended", "findings"),
+    *("descriptors_leaked", "memory_leaked"),
+)
+"""What must be empty in the report."""
 ANCHORS = (FRONTENDS[0], WORKERS[0])
 
 
@@ -48,7 +52,7 @@ def soak(
         clocks = None if why else wallclock.build(Path(folder))
         with Cluster(Path(folder), clocks, apart=apart, transfer=transfer) as cluster, Vitals(cluster) as vitals:
             agreed_first = wait_at_rest(cluster)
-            began = vitals.now()
+            began = vitals.descriptors()
             injector = Injector(cluster)
             with Load(cluster.client.space, cluster.urls, users, seed) as load:
                 time.sleep(CALM_S)
@@ -58,11 +62,12 @@ def soak(
             left = wait_at_rest(cluster, healed)
             report = judge(load.asked, injector.troubles, cluster)
             ended = [peer.name for peer in cluster.peers.values() if peer.node.process.poll() is not None]
-            kept = descriptors_kept(began, vitals.now()) if not ended else {}
+            at_rest = {} if ended else {name: [began[name], now] for name, now in vitals.descriptors().items()}
             agreed_s = round(time.monotonic() - healed, 1)
             if logs is not None:
                 keep_logs(cluster, logs)
-        slopes = {f"{life.name}/{life.pid}": life.slopes() for life in vitals.lives.values()}
+                vitals.keep(logs / "vitals.csv")
+        grown = vitals.growth()
     report |= {
         "seed": seed,
         "seconds": seconds,
@@ -72,22 +77,31 @@ def soak(
         "not_at_rest_after": left,
         "at_rest_after_s": agreed_s,
         "ended": ended,
-        "descriptors_at_rest": {vitals.lives[pid].name: counts for pid, counts in kept.items()},
-        "descriptors_leaked": [vitals.lives[pid].name for pid, (was, now) in kept.items() if now > was + SLACK],
+        "descriptors_at_rest": at_rest,
+        "descriptors_leaked": [name for name, counts in at_rest.items() if descriptors_grown(*counts)],
         "findings": injector.findings,
-        "slopes": {name: slope for name, slope in slopes.items() if slope is not None},
+        "growth": {name: one._asdict() for name, one in grown.items()},
+        "memory_leaked": [name for name, one in grown.items() if one.too_much],
     }
-    bad = (
-        "wrong",
-        "lost",
-        "unanswered",
-        "not_at_rest_before",
-        "not_at_rest_after",
-        "ended",
-        "findings",
-        "descriptors_leaked",
+    broken = [what for what in PROMISES if report[what]]
+    if seconds < GROWTH_JUDGED_S:
+        broken = [what for what in broken if what != "memory_leaked"]
+    return {"ok": not broken and report["asked"] > 0, "broken": broken, **report}
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One line: whether all promises were kept, and what each process has grown by."""
+    growth = [
+        f"{name} {one['rss_mb_a_minute']:+.2f} MB {one['descriptors_a_minute']:+.1f} fds"
+        for name, one in report["growth"].items()
+    ]
+    at_rest = [f"{name} {was} -> {now}" for name, (was, now) in report["descriptors_at_rest"].items()]
+    judged = f"limit {RSS_LIMIT:+} MB" if report["seconds"] >= GROWTH_JUDGED_S else "too short to judge"
+    verdict = "ok" if report["ok"] else f"not ok ({', '.join(report['broken']) or 'nothing was asked'})"
+    return (
+        f"{verdict}; growth a minute ({judged}): {', '.join(growth) or 'unknown'}; "
+        f"descriptors at rest (limit {DESCRIPTOR_SLACK:+}): {', '.join(at_rest) or 'unknown'}"
     )
-    return {"ok": not any(report[name] for name in bad) and report["asked"] > 0, **report}
 
 
 def keep_logs(cluster: Cluster, folder: Path) -> None:
@@ -184,7 +198,7 @@ def main() -> int:
     parser.add_argument("--apart", action="store_true", help="two workers prefill, two decode")
     parser.add_argument("--kv-transfer", default="tcp", choices=("tcp", "nixl", "auto", "off"))
     parser.add_argument("--schedule", action="store_true", help="print the faults and end")
-    parser.add_argument("--logs", type=Path, help="a folder to leave the nodes' stderr in")
+    parser.add_argument("--logs", type=Path, help="a folder to leave the nodes' stderr in, and vitals.csv")
     parser.add_argument("--json", action="store_true", help="the report as one JSON line")
     parser.add_argument("--or-skip", action="store_true", help="succeed where hosts cannot be made, and say why")
     args = parser.parse_args()
@@ -204,7 +218,8 @@ def main() -> int:
         every=args.every,
         logs=args.logs,
     )
-    print(json.dumps(report) if args.json else json.dumps(report, indent=2))
+    print(json.dumps(report) if args.json else json.dumps(report, indent=2), flush=True)
+    print(summary(report), file=sys.stderr)
     return 0 if report["ok"] else 1
 
 

@@ -6,21 +6,13 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
 
 import psutil
 from chaos.cluster import Cluster
+from chaos.verdict import Growth, Sample, growth
 
 SAMPLE_S = 1.0
-WARM_UP_S = 90.0
-"""Caches fill, and the allocator finds its size."""
-
-
-class Sample(NamedTuple):
-    at: float
-    rss: int
-    descriptors: int
-    threads: int
 
 
 @dataclass
@@ -30,26 +22,6 @@ class Life:
     name: str
     pid: int
     samples: list[Sample] = field(default_factory=list)
-
-    def slopes(self, warm_up: float = WARM_UP_S) -> dict[str, float] | None:
-        """Least-squares growth a minute of what came after the warm-up; None if that is less than a minute."""
-        later = [sample for sample in self.samples if sample.at >= self.samples[0].at + warm_up]
-        if len(later) < 60 / SAMPLE_S:
-            return None
-        return {
-            "seconds": round(later[-1].at - later[0].at),
-            "rss_kb": later[-1].rss // 1024,
-            "rss_kb_a_minute": round(_slope([(s.at, s.rss / 1024) for s in later]) * 60, 1),
-            "descriptors": later[-1].descriptors,
-            "descriptors_a_minute": round(_slope([(s.at, s.descriptors) for s in later]) * 60, 2),
-            "threads": later[-1].threads,
-        }
-
-
-def _slope(points: list[tuple[float, float]]) -> float:
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
 
 
 class Vitals:
@@ -69,9 +41,22 @@ class Vitals:
         self._stop.set()
         self._thread.join()
 
-    def now(self) -> dict[int, Sample]:
-        """By process, of those that run."""
-        return {peer.node.process.pid: _sample(peer.node.process.pid) for peer in self._cluster.peers.values()}
+    def descriptors(self) -> dict[str, int]:
+        """Open now, by peer."""
+        return {peer.name: _sample(peer.node.process.pid).descriptors for peer in self._cluster.peers.values()}
+
+    def growth(self) -> dict[str, Growth]:
+        """By process, of those that lived long enough to tell."""
+        grown = {f"{life.name}/{life.pid}": growth(life.samples) for life in self.lives.values()}
+        return {name: one for name, one in grown.items() if one is not None}
+
+    def keep(self, file: Path) -> None:
+        """All samples as CSV: what a growth looked like."""
+        with file.open("w") as out:
+            print("name", "pid", *Sample._fields, sep=",", file=out)
+            for life in self.lives.values():
+                for sample in life.samples:
+                    print(life.name, life.pid, *sample, sep=",", file=out)
 
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_S):
@@ -88,8 +73,3 @@ def _sample(pid: int) -> Sample:
     process = psutil.Process(pid)
     with process.oneshot():
         return Sample(time.monotonic(), process.memory_info().rss, process.num_fds(), process.num_threads())
-
-
-def descriptors_kept(before: dict[int, Sample], after: dict[int, Sample]) -> dict[int, list[int]]:
-    """Of processes that lived through it all: what they had open at rest before and after."""
-    return {pid: [before[pid].descriptors, after[pid].descriptors] for pid in before.keys() & after.keys()}
