@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 from p2pdyn.constants import (
     EVENT_MAX,
     LOAD_EVENT_S,
-    LOAD_SETTLE_S,
-    LOAD_SOON_S,
     ORPHAN_S,
     REQUEST_MAX,
     STREAM_HEARTBEAT_S,
@@ -28,7 +26,9 @@ from p2pdyn.core.served import Served
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
+from p2pdyn.net.intake import Intake
 from p2pdyn.net.kv_source import KvSource
+from p2pdyn.net.load_events import LoadEvents
 from p2pdyn.net.sockets import Sockets
 from p2pdyn.wire.codec import WireError, decode, decode_params, encode, encode_logprobs, encode_tokens
 from p2pdyn.wire.events import TOPIC_LOAD
@@ -58,8 +58,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TICK_S = min(STREAM_HEARTBEAT_S, LOAD_EVENT_S)
-TELL_TOKENS = 512
-"""Prompts that long are told of within LOAD_SOON_S: other frontends must not send theirs to the same worker."""
 STEPS_S = 0.001
 """Engine steps that follow each other faster than this share a message: each costs both peers a wake-up of two threads.
 A step after a pause is sent at once, so that an engine with steps longer than this is never held up."""
@@ -98,18 +96,15 @@ class WorkerService:
         self.transfers: Transfers | None = None
         self._engine_events: EngineEvents | None = None
         self._meter = LoadMeter(node)
-        self._admitted: list[base.Sequence] = []
-        self._aborted: list[int] = []
+        self._load_events = LoadEvents(self._publish_load, lambda: self.open > 0)
+        self._intake = Intake(self._load_events.submitted)
         self._stalled: list[int] = []
         """What the engine had when it began to stand still."""
-        self._admitting = False
-        self._was_busy = False
         self._ticked = self._loop.time()
-        self._router = sockets.router(requests, self._receive, max_size=REQUEST_MAX, batch_done=self._batch_done)
+        self._router = sockets.router(requests, self._receive, max_size=REQUEST_MAX, batch_done=self._intake.batch_done)
         self._events = sockets.xpub(events, max_size=EVENT_MAX)
         self._timer = self._loop.call_later(TICK_S, self._tick)
         self.malformed = 0
-        self._load_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
         self._sent = 0.0
         self.requests_total = 0
@@ -126,7 +121,7 @@ class WorkerService:
         """The engine has loaded: take requests."""
         max_open = max(1024, 4 * info.max_num_seqs)
         self._served = Served(self._epoch, models, info.context, max_open)
-        self._runner = runner
+        self._runner = self._intake.runner = runner
         self._card = (card_digest, info.card)
         self._batch = info.max_num_seqs
         self._moves_kv = bool(info.moves_kv)
@@ -212,7 +207,7 @@ class WorkerService:
             self._served.stalled = ""
         stalled, self._stalled = self._stalled, []
         self._abort(stalled)
-        self._batch_done()
+        self._intake.batch_done()
 
     def engine_died(self, reason: str) -> None:
         if self._served is None:
@@ -225,9 +220,10 @@ class WorkerService:
             self.transfers.engine_died()
 
     def close(self) -> None:
-        for timer in (self._timer, self._load_timer, self._send_timer):
+        for timer in (self._timer, self._send_timer):
             if timer is not None:
                 timer.cancel()
+        self._load_events.close()
         if self.kv is not None:
             self.kv.flush()
         if self._engine_events is not None:
@@ -277,7 +273,7 @@ class WorkerService:
             if message.source:
                 self._expect(sequence, message)
             self.requests_total += 1
-            self._admitted.append(sequence)
+            self._intake.add(sequence)
             self._meter.submitted(sequence.key, len(sequence.tokens), message.uncached, monotonic())
             if message.traceparent:
                 log.debug("request %d, attempt %d: trace %s", message.rid, message.attempt, message.traceparent)
@@ -334,40 +330,13 @@ class WorkerService:
     }
 
     def _abort(self, keys: list[int]) -> None:
-        """A cancel right behind its generate must win: what has not reached the engine never does."""
         if not keys:
             return
         for key in keys:
             self._meter.gone(key)
         if self.transfers is not None:
             self.transfers.cancel(keys)
-        if self._admitted:
-            waiting = {sequence.key for sequence in self._admitted}.intersection(keys)
-            if waiting:
-                self._admitted = [s for s in self._admitted if s.key not in waiting]
-                keys = [key for key in keys if key not in waiting]
-        self._aborted += keys
-
-    def _batch_done(self) -> None:
-        """A batch has been read. Admit one turn of the loop later: a batch is bounded, and a cancel in the next one is
-        read in that same turn, before the engine steps."""
-        if self._aborted and self._runner is not None:
-            self._runner.abort(self._aborted)
-            self._aborted = []
-        if self._admitted and not self._admitting:
-            self._admitting = True
-            self._loop.call_soon(self._admit)
-
-    def _admit(self) -> None:
-        self._admitting = False
-        if self._admitted and self._runner is not None:
-            total = sum(len(sequence.tokens) for sequence in self._admitted)
-            self._runner.submit(self._admitted)
-            self._admitted = []
-            if total >= TELL_TOKENS:
-                self._publish_load_within(LOAD_SOON_S)
-            elif not self._was_busy:
-                self._publish_load_within(LOAD_SETTLE_S)
+        self._intake.abort(keys)
 
     # Steps out.
 
@@ -418,8 +387,7 @@ class WorkerService:
         blocks = len(held.blocks) if lease else 0
         answer = Prefilled(running.rid, running.attempt, self._epoch, lease, blocks, held.cached, held.params)
         self._send(running.connection, encode(answer))
-        if self._was_busy and not self.open:
-            self._publish_load_within(LOAD_SETTLE_S)
+        self._load_events.settle()
 
     def _send_late(self) -> None:
         self._send_timer = None
@@ -434,10 +402,8 @@ class WorkerService:
         self._sent = monotonic()
         for connection, rows in served.take(encode_logprobs, held_back).items():
             self._send(connection, encode_tokens(self._epoch, rows))
-        if self._was_busy and not served.running:
-            self._publish_load_within(LOAD_SETTLE_S)
-            if self.kv is not None:
-                self.kv.idle()
+        if self._load_events.settle() and self.kv is not None:
+            self.kv.idle()
 
     def _publish(self, topic: bytes, data: bytes) -> None:
         self._events.send((topic, data))
@@ -450,7 +416,7 @@ class WorkerService:
         if not self._router.send((connection, data)) and self._served is not None:
             # Unknown to the ROUTER, or so far behind that its queue is full: the frontend sees a hole, or is gone.
             self._abort(self._served.gone(connection))
-            self._loop.call_soon(self._batch_done)
+            self._loop.call_soon(self._intake.batch_done)
 
     # Time.
 
@@ -464,7 +430,7 @@ class WorkerService:
             self.kv.tick(now)
         self._send_due(held_back=True)
         self._heartbeat(self._served)
-        self._publish_load()
+        self._load_events.tell()
         if self.transfers is not None:
             self.transfers.tick(now)
         if not late:
@@ -472,7 +438,7 @@ class WorkerService:
             if orphans:
                 log.info("cancelled %d requests of frontends that went silent", len(orphans))
                 self._abort(orphans)
-                self._batch_done()
+                self._intake.batch_done()
 
     def _heartbeat(self, served: Served) -> None:
         steps = self._runner.steps if self._runner is not None else 0
@@ -488,19 +454,7 @@ class WorkerService:
             return 0, 0.0
         return self.transfers.block_bytes, self.transfers.bandwidth or PULL_BPS
 
-    def _publish_load_within(self, delay: float) -> None:
-        """From idle to busy or back, or a long prompt; not each is told, under light load that is twice a request."""
-        if self._load_timer is not None:
-            if self._load_timer.when() <= self._loop.time() + delay:
-                return
-            self._load_timer.cancel()
-        self._load_timer = self._loop.call_later(delay, self._publish_load)
-
     def _publish_load(self) -> None:
-        if self._load_timer is not None:
-            self._load_timer.cancel()
-            self._load_timer = None
-        self._was_busy = self.open > 0
         event = self._meter.event(self._epoch, self.load, self.open, *self._moves(), monotonic(), self._batch)
         self._events.send((TOPIC_LOAD, encode(event)))
 
