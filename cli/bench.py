@@ -78,6 +78,14 @@ def _blocks(ctx: click.Context, param: click.Parameter, value: str) -> float:
 @click.option(
     "--policy", "policies", type=click.Choice(list(POLICIES)), multiple=True, help="May be repeated; default: all."
 )
+@click.option(
+    "--spread",
+    type=click.FloatRange(0, 3600),
+    default=0.0,
+    show_default=True,
+    help="Seconds of trace time over which the requests of a timestamp are spread at random: the tick of the trace's "
+    "clock, if it is coarse.",
+)
 @click.option("--frontends", type=click.IntRange(1, 64), default=1, show_default=True, help="That share the traffic.")
 @click.option(
     "--seed", type=int, default=1, show_default=True, help="Of the random generator: equal seeds, equal runs."
@@ -90,6 +98,7 @@ def route(
     prefill_tps: float,
     utilization: float,
     policies: tuple[str, ...],
+    spread: float,
     frontends: int,
     seed: int,
     as_json: bool,
@@ -97,7 +106,7 @@ def route(
     """Routing policies side by side: a trace through the real router against simulated workers with real caches."""
     from p2pdyn.sim import bench_route, route_trace
 
-    setting = bench_route.Setting((prefill_tps,) * workers, cache_blocks, utilization, frontends, seed)
+    setting = bench_route.Setting((prefill_tps,) * workers, cache_blocks, utilization, frontends, seed, spread)
     chosen = list(dict.fromkeys(policies)) or list(POLICIES)
     try:
         report = bench_route.run(route_trace.load(trace), chosen, setting, bench_route.show)

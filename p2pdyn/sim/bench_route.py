@@ -23,7 +23,7 @@ from p2pdyn.constants import LOAD_EVENT_S, LOAD_SOON_S
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.router import Ask, Router
 from p2pdyn.core.router_target import Target
-from p2pdyn.sim.route_trace import BLOCK, Request, TraceError
+from p2pdyn.sim.route_trace import BLOCK, Request, TraceError, spread
 from p2pdyn.sim.route_worker import ITL_S, Job, Worker
 from p2pdyn.wire.kvpack import DEVICE
 
@@ -40,6 +40,8 @@ class Setting:
     utilization: float = 0.75
     frontends: int = 1
     seed: int = 1
+    spread_s: float = 0.0
+    """See :func:`~p2pdyn.sim.route_trace.spread`."""
 
 
 @dataclass(slots=True)
@@ -219,6 +221,8 @@ def run(
     trace: Sequence[Request], policies: Sequence[str], setting: Setting, progress: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
     """Replay ``trace`` with each policy. Raises TraceError, and KeyError for a policy that does not exist."""
+    if setting.spread_s:
+        trace = spread(trace, setting.spread_s, random.Random(setting.seed))
     scale = scale_of(trace, setting)
     best = optimum(trace)
     rows = []
@@ -239,6 +243,7 @@ def run(
         "duration_s": round((trace[-1].at - trace[0].at) * scale, 1),
         "frontends": setting.frontends,
         "seed": setting.seed,
+        "spread_s": setting.spread_s,
         "policies": rows,
     }
 
@@ -268,7 +273,8 @@ def render(report: dict[str, Any]) -> str:
         f"({report['distinct_blocks']} distinct) in {report['duration_s']} s (trace time x {report['time_scale']})",
         f"{report['workers']} workers, {cache} each, prefill {report['prefill_tps']:g} tokens/s and serial, "
         f"ITL {report['itl_ms']:g} ms, round-robin's utilisation {report['utilization']:g}, "
-        f"{report['frontends']} frontend(s), seed {report['seed']}",
+        f"{report['frontends']} frontend(s), seed {report['seed']}"
+        + (f", each timestamp spread over {report['spread_s']:g} s" if report["spread_s"] else ""),
         "",
         f"{'policy':<14}{'hit blocks':>11}{'of optimum':>11}{'TTFT p50':>12}{'p90':>12}{'p99':>12}{'imbalance':>11}",
     ]

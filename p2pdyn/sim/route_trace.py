@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ def build(rows: Iterable[tuple[float, int, int, list[Any]]], block: int = BLOCK)
             chained.append(last)
         requests.append(Request((at - start) / 1e3, tokens, output, chained))
     return requests
+
+
+def spread(trace: Sequence[Request], seconds: float, rng: random.Random) -> list[Request]:
+    """Each request up to ``seconds`` later: a clock with coarse ticks lets come at once what came one by one."""
+    return sorted((replace(one, at=one.at + seconds * rng.random()) for one in trace), key=lambda one: one.at)
 
 
 def _parse(path: Path, number: int, line: str) -> tuple[float, int, int, list[Any]]:

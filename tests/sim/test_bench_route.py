@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from statistics import mean
@@ -171,6 +172,17 @@ def test_frontends_that_share_the_workers_do_not_herd(name: str) -> None:
     for result in shared:
         assert mean(result.ttft) <= 1.05 * mean(alone.ttft)
         assert result.hit_blocks >= 0.995 * alone.hit_blocks
+
+
+def test_requests_of_one_tick_are_spread_so_that_frontends_hear_of_each_other() -> None:
+    ticking = [replace(one, at=one.at // 10 * 10) for one in synthetic("conversations", 600)]
+    spread = route_trace.spread(ticking, 10.0, random.Random(1))
+    assert [one.at for one in spread] == sorted(one.at for one in spread)
+    by_number = {tuple(one.blocks): one.at for one in ticking}
+    assert all(0 <= one.at - by_number[tuple(one.blocks)] < 10 for one in spread)
+    assert rows(ticking, ["kv"], frontends=4, spread_s=10.0)["kv"] == rows(spread, ["kv"], frontends=4)["kv"]
+    waits = [rows(ticking, ["kv"], frontends=n, spread_s=s)["kv"]["ttft_p50_ms"] for n, s in ((4, 10.0), (4, 0.0))]
+    assert waits[0] < waits[1]
 
 
 # The command.
