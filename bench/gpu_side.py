@@ -1,4 +1,4 @@
-"""Servers as processes: vLLM's own and p2pdyn's nodes, waited for with a limit, ended with all that they started."""
+"""Servers as processes: engines' own and p2pdyn's nodes, waited for with a limit, ended with all that they started."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gpu_engines import Engine
+
 READY = re.compile(rb"^ready node=(\S+) mesh=(\S+) http=(\S+)", re.MULTILINE)
 PROGRESS_S = 15.0
 TERM_S = 12.0
@@ -27,11 +29,14 @@ class BenchError(Exception):
 
 
 class Server:
-    """A process and its log. ``url`` and ``mesh`` are known once it is ready."""
+    """A process and its log. ``url`` and ``mesh`` are known once it is ready. One that is no node is ready when
+    ``health``, a path at ``url``, answers 200."""
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path, env: dict[str, str], url: str = "") -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], folder: Path, env: dict[str, str], url: str = "", health: str = ""
+    ) -> None:
         self.name, self.url, self.mesh, self.id = name, url, "", ""
-        self.plain = bool(url)
+        self.health = health
         self.log = folder / f"{name}.log"
         self.started = time.monotonic()
         self.start_s = 0.0
@@ -46,8 +51,8 @@ class Server:
             return True
         if self.process.poll() is not None:
             raise BenchError(f"{self.name} ended with {self.process.returncode}: {self.complaint()}")
-        if self.plain:
-            done = _answers(f"{self.url}/v1/models")
+        if self.health:
+            done = _answers(self.url + self.health)
         else:
             found = READY.search(self.log.read_bytes())
             if found:
@@ -88,13 +93,15 @@ class Servers:
     def __exit__(self, *_: object) -> None:
         stop([server.process for server in self.all])
 
-    def vllm(self, name: str, model: Path, flags: Sequence[str], env: dict[str, str] | None = None) -> Server:
-        """vLLM's own OpenAI server."""
+    def own(self, engine: Engine, model: Path, flags: Sequence[str], env: dict[str, str]) -> Server:
+        """The engine's own OpenAI server."""
         port = free_port()
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--uvicorn-log-level", "warning", *flags]
-        return self._start(name, command, env, f"http://127.0.0.1:{port}")
+        command = [*engine.serve(model, port), *flags]
+        return self._start(f"own-{engine.name}", command, env, f"http://127.0.0.1:{port}", engine.health)
+
+    def program(self, name: str, command: Sequence[str], env: dict[str, str]) -> Server:
+        """One that ends by itself."""
+        return self._start(name, command, env)
 
     def node(
         self,
@@ -132,10 +139,12 @@ class Servers:
                     say(f"waiting for {server.name}, {now - server.started:.0f} s: {server.last_line()}")
             time.sleep(0.2)
 
-    def _start(self, name: str, command: list[str], env: dict[str, str] | None, url: str = "") -> Server:
+    def _start(
+        self, name: str, command: Sequence[str], env: dict[str, str] | None, url: str = "", health: str = ""
+    ) -> Server:
         if self.serial_s:
             self.wait(self.all, self.serial_s)
-        server = Server(name, command, self.folder, self.env | (env or {}), url)
+        server = Server(name, command, self.folder, self.env | (env or {}), url, health)
         self.all.append(server)
         return server
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from vllm_gpu_model import LETTERS
-from vllm_gpu_side import BenchError
+from gpu_model import LETTERS
+from gpu_side import BenchError
 
 FIRST = re.compile(rb'"(?:text|content)":\s*"[^"]')
 USED = re.compile(rb'"completion_tokens":\s*(\d+)')

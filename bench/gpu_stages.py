@@ -1,8 +1,7 @@
-"""The stages of vllm_gpu.py. Each starts its servers, measures, and returns what its JSON line says."""
+"""The stages of gpu.py. Each starts its servers, measures, and returns what its JSON line says."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
@@ -12,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vllm_gpu_client as client
-import vllm_gpu_model as models
-from vllm_gpu_client import Load
-from vllm_gpu_side import BenchError, Server, Servers, get, say, until
+import gpu_client as client
+import gpu_model as models
+from gpu_client import Load
+from gpu_engines import Engine, Need
+from gpu_side import BenchError, Server, Servers, get, say, until
 
 ALWAYS_REMOTE = "import p2pdyn.core.disagg as d; d.OVERHEAD_S = -1e9; from p2pdyn.cli.main import main; main()"
 """A frontend for which moving KV costs nothing, so that it has each prompt of more than a block computed elsewhere."""
 NEWS = re.compile(r"prefix cache: (\d+) tokens asked, (\d+) found; from other workers: (\d+) asked, (\d+) brought")
 NEWS_S = 25.0
-"""A worker logs vLLM's counters at most each 10 s."""
+"""A worker logs the engine's counters at most each 10 s."""
 TOPS = 2
+OWN = "own"
+"""The engine's own server, in what stages tell."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class Plan:
     """What was asked for, and sizes that fit it."""
 
     folder: Path
+    engine: Engine
     shape: str
     exact_shape: str
+    exact_dtype: str
     cpu: bool
     gpus: int
     pairs: int
@@ -42,39 +46,17 @@ class Plan:
     repeats: int
     start_s: float
     eager: bool
-    exact_dtype: str
-
-    @property
-    def block(self) -> int:
-        return 32 if self.cpu else 16
-
-    @property
-    def env(self) -> dict[str, str]:
-        common = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        common |= {"VLLM_LOGGING_COLOR": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-        if self.cpu:
-            cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-            return common | cpu | {"TORCHDYNAMO_DISABLE": "1"}
-        # Triton's float32 products are float32's, not TF32's
-        return common | {"VLLM_USE_FLASHINFER_SAMPLER": "0", "TRITON_F32_DEFAULT": "ieee"}
+    subject: str
+    limit_s: float
+    """Of the stage that runs."""
 
     def flags(self, shape: str, kv_gib: int, share: float, *, dummy: bool = True, exact: bool = False) -> list[str]:
-        """vLLM's, the same for each server of a stage. With a size for its KV memory vLLM does not measure what is
-        free, and so several can start at once on one GPU. ``exact``: one sequence at a time, no CUDA graphs, and a
+        """The engine's, the same for each server of a stage. ``exact``: one sequence at a time, no CUDA graphs, and a
         dtype in which two ways to compute the same differ little."""
+        dtype = self.exact_dtype if exact else "float32" if self.cpu else "bfloat16"
         streams = 1 if exact else max(4, self.load.streams * 2)
-        flags = ["--max-num-seqs", str(streams), "--max-model-len", str(models.SHAPES[shape].context)]
-        flags += ["--block-size", str(self.block)]
-        flags += ["--load-format", "dummy"] if dummy else []
-        if self.cpu:
-            return [*flags, "--dtype", "float32", "--enforce-eager"]
-        flags += ["--dtype", self.exact_dtype if exact else "bfloat16", "--gpu-memory-utilization", str(share)]
-        flags += ["--kv-cache-memory-bytes", str(kv_gib * 2**30)]
-        if self.eager or exact:
-            return [*flags, "--enforce-eager"]
-        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-        sizes = {"cudagraph_capture_sizes": [1, 2, 4, *range(8, streams + 1, 8)]}
-        return [*flags, "--compilation-config", json.dumps(graphs | sizes)]
+        eager = self.eager or exact
+        return self.engine.flags(Need(models.SHAPES[shape], streams, kv_gib, share, dtype, dummy, eager))
 
     def model(self, shape: str, *, weights: bool) -> Path:
         return models.write(self.folder / f"{shape}{'-weights' * weights}", models.SHAPES[shape], weights=weights)
@@ -87,18 +69,18 @@ class Plan:
 
 
 def overhead(plan: Plan, servers: Servers) -> dict[str, Any]:
-    """p2pdyn's endpoint and worker in one node beside vLLM's own server, both up, one loaded at a time."""
+    """p2pdyn's endpoint and worker in one node beside the engine's own server, both up, one loaded at a time."""
     model = plan.model(plan.shape, weights=False)
     flags = plan.flags(plan.shape, 8, 0.42)
     sides = {
-        "vllm": servers.vllm("vllm", model, flags, plan.gpu(0)),
-        "p2pdyn": servers.node("p2pdyn", *_engine(model), "--http", "127.0.0.1:0", flags=flags, env=plan.gpu(0)),
+        OWN: servers.own(plan.engine, model, flags, plan.gpu(0)),
+        "p2pdyn": _serving(plan, servers, "p2pdyn", model, flags),
     }
     _wait(plan, servers, list(sides.values()))
     load, count = plan.load, plan.requests
     warm = {name: client.run(client.closed(side.url, load, count, 1), 240) for name, side in sides.items()}
     prompts = {name: statistics.mean(reply.prompt for reply in replies) for name, (_, replies) in warm.items()}
-    rate = 0.6 * client.run(client.closed(sides["vllm"].url, load, count, 2), 240)[0] / load.tokens
+    rate = 0.6 * client.run(client.closed(sides[OWN].url, load, count, 2), 240)[0] / load.tokens
     say(f"60 % of capacity is {rate:.2f} requests a second")
     rows: list[dict[str, Any]] = []
     for pair in range(plan.pairs):
@@ -106,8 +88,8 @@ def overhead(plan: Plan, servers: Servers) -> dict[str, Any]:
         row = {name: _one_pair(plan, sides[name], rate, 100 + pair) for name in order}
         say(f"pair {pair + 1} of {plan.pairs}: {row}")
         rows.append(row)
-    ratios = [row["p2pdyn"]["tok_s"] / row["vllm"]["tok_s"] for row in rows]
-    closer = [row["p2pdyn"]["ttft_p50_ms"] - row["vllm"]["ttft_p50_ms"] for row in rows]
+    ratios = [row["p2pdyn"]["tok_s"] / row[OWN]["tok_s"] for row in rows]
+    closer = [row["p2pdyn"]["ttft_p50_ms"] - row[OWN]["ttft_p50_ms"] for row in rows]
     hot = Load(load.prompt, load.tokens, load.streams, temperature=0.8)
     sampled = [
         {
@@ -117,6 +99,7 @@ def overhead(plan: Plan, servers: Servers) -> dict[str, Any]:
         for i in range(3)
     ]
     return {
+        "shape": plan.shape,
         "streams": load.streams,
         "prompt_tokens": prompts,
         "output_tokens": load.tokens,
@@ -128,7 +111,7 @@ def overhead(plan: Plan, servers: Servers) -> dict[str, Any]:
         "throughput_ratio": client.interval(ratios),
         "ttft_p50_difference_ms": client.interval(closer, 3),
         "sampled_tok_s": sampled,
-        "sampled_ratio": round(statistics.median(one["p2pdyn"] / one["vllm"] for one in sampled), 4),
+        "sampled_ratio": round(statistics.median(one["p2pdyn"] / one[OWN] for one in sampled), 4),
         "pairs": rows,
     }
 
@@ -160,7 +143,7 @@ def routing(plan: Plan, servers: Servers) -> dict[str, Any]:
         before = _blocks(front)
         first = _chat(front, messages)
         held = first["usage"]["prompt_tokens"]
-        _indexed(front, before + held // plan.block)
+        _indexed(front, before + held // plan.engine.block)
         messages += [{"role": "assistant", "content": first["text"]}, {"role": "user", "content": client.text(rng, 20)}]
         second = _chat(front, messages)
         cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -170,17 +153,18 @@ def routing(plan: Plan, servers: Servers) -> dict[str, Any]:
     found = {}
     for worker in workers:
         cached = sum(turn["cached"] for turn in turns if turn["worker"] in (worker.id, worker.name))
-        found[worker.name] = _news(worker, "found", cached)
+        found[worker.name] = _news(plan, worker, "found", cached)
     peers = get(f"{front.url}/p2p/peers")["peers"]
     return {
+        "shape": plan.exact_shape,
         "start_s": [round(worker.start_s, 1) for worker in workers],
         "conversations": len(turns),
         "second_turn_with_the_prefix": sum(turn["same"] for turn in turns),
         "workers_used": len({turn["worker"] for turn in turns}),
         "first_turn_tokens": [turn["first"] for turn in turns],
         "second_turn_cached": [turn["cached"] for turn in turns],
-        "vllm_prefix_cache": found,
-        "streams": {peer["name"]: peer["kv"]["stream"] for peer in peers if peer["engine"] == "vllm"},
+        "engine_counters": found,
+        "streams": {peer["name"]: peer["kv"]["stream"] for peer in peers if peer["engine"] == plan.engine.name},
     }
 
 
@@ -211,9 +195,7 @@ def _pd(plan: Plan, servers: Servers, model: Path, flags: list[str]) -> Iterator
     """An aggregated worker of its own; a prefill and a decode worker with a frontend that always hands over, and one
     that decides: (aggregated, always, decides, decode)."""
     key = servers.key()
-    alone = servers.node(
-        "aggregated", *key, "--cluster", "alone", *_engine(model), "--http", "127.0.0.1:0", flags=flags, env=plan.gpu(0)
-    )
+    alone = _serving(plan, servers, "aggregated", model, flags, *key, "--cluster", "alone")
     always = servers.node("always", *key, "--engine", "none", "--http", "127.0.0.1:0", program=("-c", ALWAYS_REMOTE))
     servers.wait([always], 60)
     decides = servers.node("decides", *key, "--engine", "none", "--http", "127.0.0.1:0", "--seed", always.mesh)
@@ -238,11 +220,12 @@ def pd(plan: Plan, servers: Servers) -> dict[str, Any]:
         one = [_tokens(alone, body) for body in asked]
         two = [_tokens(always, body) for body in asked]
         lengths = sum(plan.exact_prompts)
-        news = _news(decode, "external_asked", lengths)
+        news = _news(plan, decode, "external_asked", lengths)
     differ = [_difference(*both) for both in zip(one, two, strict=True)]
     return {
+        "shape": plan.exact_shape,
         "gpus": plan.gpus,
-        "dtype": "float32" if plan.cpu else plan.exact_dtype,
+        "dtype": plan.exact_dtype,
         "prompt_tokens": list(plan.exact_prompts),
         "output_tokens": 64,
         "identical": sum(found is None for found in differ),
@@ -250,8 +233,7 @@ def pd(plan: Plan, servers: Servers) -> dict[str, Any]:
         "differences": [found for found in differ if found is not None],
         "distinct_tokens": [len(set(row[0])) for row in one],
         "decode_cached_tokens": [row[2] for row in two],
-        "vllm_prefix_cache": news,
-        "external_hit_rate": round(news["external_found"] / max(1, news["external_asked"]), 4),
+        **_brought(news),
     }
 
 
@@ -273,9 +255,8 @@ def pd_ttft(plan: Plan, servers: Servers) -> dict[str, Any]:
             ms = {name: client.median_ms(values[1:]) for name, values in times.items()}
             rows.append({"prompt_tokens": size, "ttft_p50_ms": ms, "first_ms": _firsts(times), "router": told})
             say(str(rows[-1]))
-        news = _news(decode, "external_asked", sum(plan.ttft_prompts) * (plan.repeats + 1))
-    rate = round(news["external_found"] / max(1, news["external_asked"]), 4)
-    return {"gpus": plan.gpus, "ttft": rows, "vllm_prefix_cache": news, "external_hit_rate": rate}
+        news = _news(plan, decode, "external_asked", sum(plan.ttft_prompts) * (plan.repeats + 1))
+    return {"shape": plan.shape, "gpus": plan.gpus, "ttft": rows, **_brought(news)}
 
 
 def _firsts(times: dict[str, list[float]]) -> dict[str, float]:
@@ -284,7 +265,7 @@ def _firsts(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _tokens(side: Server, asked: dict[str, Any]) -> tuple[list[str], list[dict[str, float]], int]:
-    """Each token's text (its name, see vllm_gpu_model.tokenizer), its likeliest ones, and how much was found cached."""
+    """Each token's text (its name, see gpu_model.tokenizer), its likeliest ones, and how much was found cached."""
     answer = get(f"{side.url}/v1/completions", asked, 180)
     found, cached = answer["choices"][0]["logprobs"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]
     return found["tokens"], found["top_logprobs"], cached
@@ -303,8 +284,14 @@ def _difference(one: tuple[list[str], Any, int], two: tuple[list[str], Any, int]
 # ---- parts
 
 
-def _engine(model: Path) -> list[str]:
-    return ["--engine", "vllm", "--model", str(model), "--served-model-name", "m"]
+def _engine(plan: Plan, model: Path) -> list[str]:
+    return ["--engine", plan.engine.name, "--model", str(model), "--served-model-name", "m"]
+
+
+def _serving(plan: Plan, servers: Servers, name: str, model: Path, flags: list[str], *more: str) -> Server:
+    """A node that is endpoint and worker."""
+    options = (*more, *_engine(plan, model), "--http", "127.0.0.1:0")
+    return servers.node(name, *options, flags=[*plan.engine.only_worker, *flags], env=plan.gpu(0))
 
 
 def _worker(
@@ -318,7 +305,7 @@ def _worker(
     *more: str,
 ) -> Server:
     join = [*servers.key(), "--seed", front.mesh, "--no-http"]
-    return servers.node(name, *join, *_engine(model), *more, flags=flags, env=env)
+    return servers.node(name, *join, *_engine(plan, model), *more, flags=[*plan.engine.only_worker, *flags], env=env)
 
 
 def _wait(plan: Plan, servers: Servers, waiting: list[Server]) -> None:
@@ -335,8 +322,11 @@ def _seen(front: Server, workers: Sequence[Server]) -> None:
     until(ready, 30, f"{front.name} sees {', '.join(worker.name for worker in workers)}")
 
 
-def _news(worker: Server, name: str, least: int) -> dict[str, int]:
-    """vLLM's own prefix cache counters, as the worker has logged them; the last ones if ``name`` never is ``least``."""
+def _news(plan: Plan, worker: Server, name: str, least: int) -> dict[str, int] | None:
+    """The engine's own prefix cache counters, as the worker has logged them; the last ones if ``name`` never is
+    ``least``. None for an engine without."""
+    if not plan.engine.counters:
+        return None
 
     def told() -> dict[str, int]:
         found = NEWS.findall(worker.text())
@@ -344,10 +334,18 @@ def _news(worker: Server, name: str, least: int) -> dict[str, int]:
         return dict(zip(names, map(int, found[-1]), strict=True)) if found else dict.fromkeys(names, 0)
 
     try:
-        until(lambda: told()[name] >= least, NEWS_S, f"{least} tokens {name} in vLLM's counters")
+        until(lambda: told()[name] >= least, NEWS_S, f"{least} tokens {name} in the engine's counters")
     except BenchError as error:
         say(f"{worker.name}: {error}")
     return told()
 
 
-STAGES = {"overhead": overhead, "routing": routing, "pd": pd, "pd-ttft": pd_ttft}
+def _brought(news: dict[str, int] | None) -> dict[str, Any]:
+    if news is None:
+        return {}
+    rate = news["external_found"] / max(1, news["external_asked"])
+    return {"engine_counters": news, "external_hit_rate": round(rate, 4)}
+
+
+MEASURED = {"overhead": overhead, "routing": routing, "pd": pd, "pd-ttft": pd_ttft}
+"""Stages by name; the one more is gpu_conformance's."""

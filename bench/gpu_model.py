@@ -1,8 +1,8 @@
 """Model folders of real size without real weights: config.json, a tokenizer whose entries are all text, and random
 weights where outputs are compared.
 
-vLLM's `--load-format dummy` gives the same weights in each process, but all within 1e-3 of zero: greedy choices are
-then ties, and say nothing. :func:`write` with ``weights`` draws ones whose greedy choices are clear.
+The engines' `--load-format dummy` gives the same weights in each process, but all within 1e-3 of zero: greedy choices
+are then ties, and say nothing. :func:`write` with ``weights`` draws ones whose greedy choices are clear.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def write(folder: Path, shape: Shape, *, weights: bool) -> Path:
 def tokenizer(size: int) -> dict[str, Any]:
     """Byte-level BPE with ``size`` entries: the bytes, pairs and triples of printable characters, and three special
     tokens at the end. So every answer is text, whatever a random model says, and an entry's text names it."""
-    alphabet = ["Ġ", *LETTERS]  # a byte-level tokenizer writes a space so; these first: see vllm_gpu_client.text
+    alphabet = ["Ġ", *LETTERS]  # a byte-level tokenizer writes a space so; these first: see gpu_client.text
     alphabet += [chr(code) for code in range(0x21, 0x7F) if chr(code) not in LETTERS]
     entries = alphabet + sorted(set(_byte_letters()) - set(alphabet))
     room = size - len(entries) - len(SPECIAL)
