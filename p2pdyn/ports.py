@@ -33,7 +33,10 @@ def _ports(config: Config, control: int, info: PeerInfo, env: Mapping[str, str])
 
 def _kv_ports(config: Config, env: Mapping[str, str]) -> Iterator[str]:
     ucx = f"KV blocks over NIXL {env.get('UCX_TCP_PORT_RANGE') or UCX_PORTS}/tcp, UCX's ({OPEN})"
-    if config.engine in ("vllm", "sglang"):
+    if config.engine == "trtllm":
+        if config.role != AGGREGATED:
+            yield f"ports that TensorRT-LLM's cache transceiver chooses ({OPEN})"
+    elif config.engine in ("vllm", "sglang"):
         if config.role != AGGREGATED:
             yield from _side_ports(config)
             yield ucx

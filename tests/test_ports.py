@@ -34,6 +34,19 @@ WORKER = PeerInfo("n", "1", requests_port=7401, events_port=7402)
             "data-parallel rank (neither encrypted nor authenticated); KV blocks over NIXL 7410-7499/tcp, UCX's "
             "(neither encrypted nor authenticated)",
         ),
+        (
+            replace(CONFIG, engine="trtllm"),
+            WORKER,
+            {},
+            "control 7400/tcp; requests 7401/tcp; events 7402/tcp",
+        ),
+        (
+            replace(CONFIG, engine="trtllm", role=DECODE),
+            WORKER,
+            {},
+            "control 7400/tcp; requests 7401/tcp; events 7402/tcp; ports that TensorRT-LLM's cache transceiver chooses "
+            "(neither encrypted nor authenticated)",
+        ),
     ],
 )
 def test_every_port_of_a_role_is_named(config: Config, info: PeerInfo, env: dict[str, str], line: str) -> None:
