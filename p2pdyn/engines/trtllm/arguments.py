@@ -24,8 +24,6 @@ class Arguments:
 
     llm: dict[str, Any]
     loras: dict[str, str]
-    given: frozenset[str]
-    """Those of ``llm`` that the user gave."""
 
     def get(self, dotted: str, default: Any = None) -> Any:
         """``a.b`` of the keyword arguments."""
@@ -58,7 +56,7 @@ def parse(options: EngineOptions, fields: frozenset[str] | None) -> Arguments:
     defaults = {"model": options.model, **_defaults(options, given, bool(loras))}
     if fields is not None:
         defaults = {name: value for name, value in defaults.items() if name in fields or name == "model"}
-    return Arguments(_merged(defaults, given), loras, frozenset(given))
+    return Arguments(_merged(defaults, given), loras)
 
 
 def _defaults(options: EngineOptions, given: Mapping[str, Any], loras: bool) -> dict[str, Any]:

@@ -49,10 +49,9 @@ class _Unreadable(Exception):
 
 class Events:
     """One engine's events. ``loras`` are adapters' names by TensorRT-LLM's number. ``dropped`` counts what was left
-    out, by why, ``lost`` the events that never came. ``problems`` are for the log; the caller empties them."""
+    out, by why. ``problems`` are for the log; the caller empties them."""
 
     def __init__(self, block_size: int, loras: Mapping[int, str] | None = None) -> None:
-        self.lost = 0
         self.dropped: Counter[str] = Counter()
         self.problems: list[str] = []
         self.capacity = 0
@@ -113,7 +112,6 @@ class Events:
         expected, self._next = self._next, number + 1
         if number == expected or (expected is None and number == 0):
             return []
-        self.lost += max(1, number - (expected or 0))
         self.problems.append(LOST.format(max(1, number - (expected or 0))))
         return self.forget()
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 
 from p2pdyn.engines.base import Held, Output
+from p2pdyn.engines.trtllm.sampling import new_tokens
 from p2pdyn.engines.trtllm.versions import takes
 
 MAX_PARAMS = 4 * 2**20
@@ -54,8 +55,6 @@ def context_only(number: int) -> Any:
 def held(key: int, answer: Any, stops: frozenset[int], end: int) -> Held | Output:
     """The answer to such a prompt; an error where nothing is held. ``stops``, ``end``: what may have ended it at its
     first token (:func:`p2pdyn.engines.trtllm.sampling.new_tokens`)."""
-    from p2pdyn.engines.trtllm.sampling import new_tokens
-
     (completion,) = answer.outputs
     cached = int(getattr(answer, "cached_tokens", 0) or 0)
     if completion.finish_reason == "stop":

@@ -9,11 +9,10 @@ from p2pdyn.core.types import Load
 
 
 class Stats:
-    """The newest iteration. ``blocks`` and ``block_size`` are 0 until told."""
+    """The newest iteration. ``blocks`` is 0 until told."""
 
     def __init__(self) -> None:
         self.blocks = 0
-        self.block_size = 0
         self._iteration = -1
         self._running = self._queued = self._used = self._backlog = 0
 
@@ -21,7 +20,6 @@ class Stats:
         """One iteration's statistics; whether they are of another one than those before."""
         cache, batch = told.get("kvCacheStats") or {}, told.get("inflightBatchingStats") or {}
         self.blocks = int(cache.get("maxNumBlocks") or self.blocks)
-        self.block_size = int(cache.get("tokensPerBlock") or self.block_size)
         self._used = int(cache.get("usedNumBlocks") or 0)
         self._running = int(told.get("numActiveRequests") or 0)
         self._queued = int(told.get("numQueuedRequests") or 0)
