@@ -55,19 +55,26 @@ class NixlThread(threading.Thread):
     def run(self) -> None:
         try:
             own = self._start_agent()
-        except TransferError as error:
-            self.trouble = str(error)
+            self._reads = Reads(own)
+        except Exception as error:  # of NIXL's: whoever waits must hear of it
+            self.trouble = str(error) if isinstance(error, TransferError) else f"NIXL cannot start ({error!r})"
         self.up.set()
         self._on_up()
-        if not self.trouble:
-            self._reads = reads = Reads(own)
+        try:
+            if self._reads is not None:
+                self._serve_until_stopped(own, self._reads)
+        finally:
+            self._regions = ()
+            self._on_end()
+
+    def _serve_until_stopped(self, own: OwnBlocks, reads: Reads) -> None:
+        try:
             self._serve(reads)
+        finally:
             with self._turn:
                 self._reads = None
                 own.agent.close()
                 reads.abandon("the mover is closed")
-        self._regions = ()
-        self._on_end()
 
     def _start_agent(self) -> OwnBlocks:
         agent = Agent(self._peer, self._devices)

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 from support.kv_reader import TESTS, OwnerProcess, Reader, needs_nixl, run
 
+from p2pdyn.transfer import nixl_thread
 from p2pdyn.transfer.base import TransferError, dump_description, load_description
 from p2pdyn.transfer.nixl import NixlMover
 
@@ -66,6 +68,19 @@ def test_importing_the_mover_loads_neither_nixl_nor_numpy() -> None:
 def test_a_mover_that_is_closed_at_once_ends_in_order(owners: Owners) -> None:
     async def body(reader: Reader) -> None:
         assert isinstance(reader.mover, NixlMover)
+
+    run("nixl", body)
+
+
+def test_whatever_keeps_nixl_from_starting_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def agent(name: str, devices: Sequence[str]) -> NoReturn:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(nixl_thread, "Agent", agent)
+
+    async def body(reader: Reader) -> None:
+        with pytest.raises(TransferError, match=r"NIXL cannot start \(MemoryError\('no room'\)\)"):
+            await reader.mover.ready()
 
     run("nixl", body)
 
