@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from chaos.inside import thread_in
 from chaos.wallclock import WallClock
+from netns.inside import thread_in
 from netns.lab import Host, Lab, Node, Switch, run
 
 from p2pdyn.core.types import Address

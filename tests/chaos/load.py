@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from chaos.answers import Answer, Message, Question, answer_to
 from chaos.client import Attempt, attempt
-from chaos.inside import thread_in
+from netns.inside import thread_in
 
 TRIES = 8
 RETRY_S = 0.5

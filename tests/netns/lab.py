@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.nodes import NodeProcess
+from netns.inside import thread_in
+from support.nodes import NodeProcess, ask_peers
 
 STEP_S = 40.0
 """A machine under full load starts a process slowly."""
@@ -78,8 +79,9 @@ class Node(NodeProcess):
         super().__init__(["node", *arguments], prefix=host.prefix, env={**own, **env})
 
     def report(self) -> dict[str, Any]:
-        """`p2pdyn peers --json` asked of this node, inside its namespace."""
-        return self.peers(*(("--cluster-key", str(self.host.key)) if self.host.key else ()))
+        """The cluster as this node sees it, asked from its own host."""
+        with thread_in(self.host.space) as there:
+            return there.submit(ask_peers, self.mesh, self.host.key).result()
 
     def states(self) -> dict[str, str]:
         """name -> state of every peer but itself, as this node sees them."""

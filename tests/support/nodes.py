@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import os
 import re
 import signal
@@ -15,7 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from p2pdyn.core.types import Address
+from p2pdyn.net.admin import AdminError, admin_call
+from p2pdyn.net.curve import Security, write_key_file
+from p2pdyn.net.sockets import Sockets
+
 READY = re.compile(r"ready node=(\S+) mesh=(\S+) http=(\S+) model=(\S+) role=(\S+)")
+ASK_S = 5.0
+"""Longest wait for what a node says of its peers."""
 
 
 def wait_for(condition: Callable[[], Any], timeout: float, what: str | Callable[[], str], every: float = 0.02) -> Any:
@@ -41,7 +48,6 @@ class NodeProcess:
         env: dict[str, str] | None = None,
         program: Sequence[str] = (sys.executable, "-m", "p2pdyn"),
     ) -> None:
-        self.prefix = tuple(prefix)
         self.lines: list[str] = []
         self.errors: list[str] = []
         self.ready: dict[str, str] | None = None
@@ -101,19 +107,10 @@ class NodeProcess:
         assert self.ready is not None
         return self.ready["http"]
 
-    def peers(self, *args: str, at: str | None = None) -> dict[str, Any]:
-        """`p2pdyn peers --json` asked of this node."""
-        done = subprocess.run(
-            [*self.prefix, sys.executable, "-m", "p2pdyn", "peers", "--json", "--at", at or self.mesh, *args],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            env=_clean_environment(),
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        report: dict[str, Any] = json.loads(done.stdout)
-        return report
+    def peers(self, *args: str) -> dict[str, Any]:
+        """What `p2pdyn peers --json ARGS` says of this node; AssertionError without an answer. ``args`` are empty or
+        ``--cluster-key FILE``. That command itself takes longer to start than its question takes."""
+        return ask_peers(self.mesh, args[1] if args else None)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -141,10 +138,25 @@ class NodeProcess:
         return self.process.returncode
 
 
+def ask_peers(mesh: str, key: Path | str | None) -> dict[str, Any]:
+    """The cluster as the node at ``mesh`` sees it; AssertionError without an answer."""
+
+    async def call() -> dict[str, Any]:
+        sockets = Sockets(Security.load(key) if key else Security.insecure(allow_remote=True))
+        try:
+            return await admin_call(sockets, Address.parse(mesh), "peers", {}, ASK_S)
+        except (AdminError, TimeoutError, ConnectionError) as error:
+            raise AssertionError(f"{mesh}: {error}") from None
+        finally:
+            sockets.close()
+
+    return asyncio.run(call())
+
+
 def make_key(folder: Path) -> Path:
-    """A cluster key file in ``folder``, made by `p2pdyn keygen`."""
+    """A cluster key file in ``folder``."""
     key = folder / "cluster.key"
-    subprocess.run([sys.executable, "-m", "p2pdyn", "keygen", str(key)], check=True, capture_output=True)
+    write_key_file(key)
     return key
 
 
@@ -188,13 +200,17 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def stop(self) -> None:
+        """End all nodes, beside each other."""
         for node in self.nodes:
             if node.process.poll() is None:
                 node.process.send_signal(signal.SIGCONT)
                 node.process.terminate()
         for node in self.nodes:
             node.stop()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
         if kind is not None:
             for node in self.nodes:
                 print(f"--- {' '.join(node.process.args[-12:])}\n{node.stderr}", file=sys.stderr)  # type: ignore[index]
