@@ -107,7 +107,7 @@ class Wire:
 
     def __init__(self, plan: list[Batch]) -> None:
         self.seqs: dict[str, int] = {}
-        self.messages: list[tuple[str, bytes]] = []
+        self.messages: list[tuple[NodeId, bytes]] = []
         self._blocks = Counter[str]()
         self._xors = Counter[str]()
         for batch in plan:
@@ -117,9 +117,9 @@ class Wire:
 
     def _send(self, worker: str, batch: Batch) -> None:
         seq = self.seqs[worker] = self.seqs.get(worker, 0) + 1
-        parts = [(kind, hashes) for kind, hashes in ((STORED, batch.stored), (REMOVED, batch.removed)) if hashes]
+        parts = [(kind, hashes) for kind, hashes in ((REMOVED, batch.removed), (STORED, batch.stored)) if hashes]
         ops = pack_ops([Op(kind, DEVICE, array("Q", hashes)) for kind, hashes in parts])
-        self.messages.append((worker, encode(KvBatch(worker, EPOCH, 0, seq, ops))))
+        self.messages.append((NodeId(worker), encode(KvBatch(worker, EPOCH, 0, seq, ops))))
         self._blocks[worker] += len(batch.stored) - len(batch.removed)
         self._xors[worker] ^= xor_all(array("Q", batch.stored + batch.removed))
         if seq % round(DIGEST_S / BATCH_S) == 0:
@@ -128,7 +128,7 @@ class Wire:
     def _digest(self, worker: str) -> None:
         seq = self.seqs[worker]
         digest = KvDigest(worker, EPOCH, 0, seq, seq + 1, self._blocks[worker], self._xors[worker])
-        self.messages.append((worker, encode(digest)))
+        self.messages.append((NodeId(worker), encode(digest)))
 
 
 class Source:
@@ -159,7 +159,8 @@ def ingest(name: str, plan: list[Batch], rounds: int) -> None:
         await ready.wait()
         start = time.perf_counter()
         for worker, data in wire.messages:
-            feed.received(worker, decode(EVENTS, data))  # type: ignore[arg-type]
+            if not feed.take(worker, data):
+                feed.received(worker, decode(EVENTS, data))  # type: ignore[arg-type]
         spent = time.perf_counter() - start
         if {key[0]: (stream.state, stream.seq) for key, stream in feed.streams.items()} != {
             worker: (EXACT, seq) for worker, seq in wire.seqs.items()

@@ -20,6 +20,8 @@ MAX_BLOCKS = 2**24
 
 MAX_SLOTS = 4096
 _SLICE = 4096
+_FEW = 24
+"""Blocks up to which one after the other is the faster way."""
 _WALK = 64
 """Blocks that a match looks up before it asks whether anybody is left; doubles as long as somebody is."""
 _MAX_SHARED = 65536
@@ -162,18 +164,6 @@ class KvIndex:
             return self._change_late(self._store, bit, tier, hashes)
         return self._store(self._tiers[tier], bit, hashes)
 
-    def store_one(self, slot: int, tier: int, key: int) -> bool:
-        """The same for one block: whether that was new there."""
-        bit, blocks = self._bits[slot], self._tiers[tier]
-        if self._sweeping or not bit:
-            return not self.store(slot, tier, (key,))
-        self._spare -= 1
-        before = blocks.get(key, 0)
-        if before & bit:
-            return False
-        blocks[key] = self._share(before | bit) if before else bit
-        return True
-
     def remove(self, slot: int, tier: int, hashes: Sequence[int]) -> list[int]:
         """``slot`` no longer holds ``hashes`` in ``tier``. Those that it did not hold before: mostly none."""
         bit = self._bits[slot]
@@ -181,19 +171,37 @@ class KvIndex:
             return self._change_late(self._remove, bit, tier, hashes)
         return self._remove(self._tiers[tier], bit, hashes)
 
-    def remove_one(self, slot: int, tier: int, key: int) -> bool:
-        """The same for one block: whether it was there."""
-        bit, blocks = self._bits[slot], self._tiers[tier]
-        if self._sweeping or not bit:
-            return not self.remove(slot, tier, (key,))
-        before = blocks.get(key, 0)
-        if before == bit:
-            del blocks[key]
-        elif before & bit:
-            blocks[key] = self._share(before & ~bit)
-        else:
-            return False
-        return True
+    def swap(self, slot: int, gone: Sequence[int], come: Sequence[int]) -> tuple[int, list[int]] | None:
+        """``slot`` no longer holds ``gone`` on the device, then holds ``come``: as :meth:`remove` and :meth:`store`, at
+        less cost for a few blocks. By how many more it holds, and of which that said nothing new. None if there is no
+        room for ``come``; then nothing is done."""
+        if len(come) > self._spare and not self.fits(len(come)):
+            return None
+        bit, tier, change = self._bits[slot], self._tiers[DEVICE], len(come) - len(gone)
+        if self._sweeping or not bit or len(gone) + len(come) > _FEW:
+            left = self.remove(slot, DEVICE, gone) if gone else []
+            held = self.store(slot, DEVICE, come) if come else []
+            return change + len(left) - len(held), left + held
+        self._spare -= len(come)
+        same: list[int] = []
+        for key in gone:
+            before = tier.pop(key, 0)
+            if before != bit:
+                if after := before & ~bit:
+                    tier[key] = self._share(after)
+                if after == before:
+                    same.append(key)
+                    change += 1
+        for key in come:
+            before = tier.get(key, 0)
+            if not before:
+                tier[key] = bit
+            elif before & bit:
+                same.append(key)
+                change -= 1
+            else:
+                tier[key] = self._share(before | bit)
+        return change, same
 
     def held(self, slot: int) -> set[tuple[int, int]]:
         """Each (hash, tier) of a live target, by a walk over everything: for tests and reports."""

@@ -20,6 +20,7 @@ from p2pdyn.wire.kvpack import (
     OP_BYTES,
     REMOVED,
     STORED,
+    SWAP_BYTES,
     TIERS,
     Op,
     combine,
@@ -130,19 +131,20 @@ class KvJournal:
             ops.append(op)
 
     def _split(self, ops: list[Op]) -> Iterator[list[Op]]:
-        if len(ops) <= self._max_runs and sum(OP_BYTES + HASH_BYTES * len(op.hashes) for op in ops) <= self._max_ops:
+        most = self._max_ops - SWAP_BYTES
+        if len(ops) <= self._max_runs and sum(OP_BYTES + HASH_BYTES * len(op.hashes) for op in ops) <= most:
             if ops:
                 yield ops
             return
         part: list[Op] = []
-        room = self._max_ops
+        room = most
         for kind, tier, hashes in ops:
             at = 0
             while at < len(hashes) or kind == CLEARED:
                 fits = (room - OP_BYTES) // HASH_BYTES
                 if fits < 1 or len(part) == self._max_runs:
                     yield part
-                    part, room = [], self._max_ops
+                    part, room = [], most
                     continue
                 run = hashes[at : at + fits]
                 part.append(Op(kind, tier, run))
@@ -163,15 +165,15 @@ class KvJournal:
 
 
 def _gathered(ops: list[Op]) -> list[Op]:
-    """The same with one op a kind and tier, removals first, unless a block both comes and goes: what a run costs
-    a frontend hardly grows with its length, and under load a full cache takes and gives by turns."""
-    if len(ops) < 3 or ops[0].kind == CLEARED:
+    """The same with one op a kind and tier, a tier's removals before its stores, unless a block both comes and goes:
+    what a run costs a frontend hardly grows with its length, and under load a full cache takes and gives by turns."""
+    if len(ops) < 2 or ops[0].kind == CLEARED:
         return ops
     runs: dict[tuple[int, int], array[int]] = {}
     for kind, tier, hashes in ops:
-        runs.setdefault((kind, tier), array("Q")).extend(hashes)
+        runs.setdefault((tier, -kind), array("Q")).extend(hashes)
     for tier in range(TIERS):
-        gone = runs.get((REMOVED, tier))
-        if gone and not set(gone).isdisjoint(runs.get((STORED, tier), ())):
+        gone = runs.get((tier, -REMOVED))
+        if gone and not set(gone).isdisjoint(runs.get((tier, -STORED), ())):
             return ops
-    return [Op(kind, tier, runs[kind, tier]) for kind, tier in sorted(runs, reverse=True)]
+    return [Op(-kind, tier, runs[tier, kind]) for tier, kind in sorted(runs)]

@@ -13,14 +13,15 @@ The rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from math import inf
 
 from p2pdyn.core.kvindex import KvIndex
+from p2pdyn.core.kvsignals import Counters, Fetch, Fetched, FetchFailed, Lost, Tick, Up
 from p2pdyn.core.kvtarget import TargetBlocks
 from p2pdyn.wire.events import KvBatch, KvDigest
-from p2pdyn.wire.kvpack import CLEARED, HASH_BYTES, Run, unpack_ones, unpack_ops, unpack_replay, unpack_snapshot
+from p2pdyn.wire.kvbatch import batch_tag
+from p2pdyn.wire.kvpack import CLEARED, HASH_BYTES, Run, unpack_ops, unpack_replay, unpack_snapshot
 from p2pdyn.wire.shape import WireError
 
 DIGEST_S = 1.0
@@ -48,62 +49,7 @@ NEW, REPLAYING, EXACT, GAP, DEGRADED = "NEW", "REPLAYING", "EXACT", "GAP", "DEGR
 
 REPLAY, SNAPSHOT = "kv-replay", "kv-snapshot"
 
-
-@dataclass(frozen=True, slots=True)
-class Up:
-    """The subscription stands: batches sent from now on will come."""
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """The worker is dead, left, or its link is down. Its blocks are found no more; nothing is fetched before Up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """Answer to the fetch ``ticket``; ``data`` None: the worker does not keep it."""
-
-    ticket: int
-    data: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class FetchFailed:
-    """No answer will come to the fetch ``ticket``. Each fetch must end as this, as Fetched, or with Lost."""
-
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    pass
-
-
 Event = KvBatch | KvDigest | Up | Lost | Fetched | FetchFailed | Tick
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Ask the worker for an object on its request link: ``what`` and ``key`` as in :class:`p2pdyn.wire.requests.Fetch`.
-    The answers to earlier tickets of this stream are of no use any more."""
-
-    ticket: int
-    what: str
-    key: str
-
-
-@dataclass(slots=True)
-class Counters:
-    """How often: a hole or silence was noticed; a digest differed; each kind of fetch was asked for; a fetch failed;
-    a batch or an answer did not parse. ``ignored`` batches were duplicates or of an earlier epoch."""
-
-    gaps: int = 0
-    degraded: int = 0
-    replays: int = 0
-    snapshots: int = 0
-    failed: int = 0
-    malformed: int = 0
-    ignored: int = 0
 
 
 class KvStream:
@@ -116,6 +62,9 @@ class KvStream:
         self.state = NEW
         self.why = ""
         self.epoch = 0
+        self.take: Callable[[bytes], bool] = _take_nothing
+        """Takes a batch from its bytes, at little cost, if nothing follows from it but other blocks, as mostly. False:
+        nothing was done, and :meth:`handle` is to have it, decoded."""
         self.counters = Counters()
         self._index = index
         self._rank = rank
@@ -135,7 +84,7 @@ class KvStream:
         self._base = self._filling = None
         self._rest: Iterator[Run] = iter(())  # of the snapshot that fills self._filling
         self._part: deque[Run] = deque()  # of batch seq + 1, the first of which are applied
-        self._top = 0  # the highest seq known to exist
+        self._top = 0  # the highest seq known to exist, where that is above base.seq
         self._number = 0  # the last digest's
         self._buffer: dict[int, bytes] = {}
         self._buffered = 0
@@ -167,7 +116,7 @@ class KvStream:
 
     def handle(self, event: Event, now: float) -> list[Fetch]:
         """Take one event. Raises nothing, whatever a peer sent."""
-        if type(event) is KvBatch and self.take(event, now):
+        if type(event) is KvBatch and self._change_calm(event, now):
             return []
         self._dispatch(event, now)
         self._fill(now)
@@ -176,31 +125,24 @@ class KvStream:
         self._judge(now)
         return fetches
 
-    def take(self, batch: KvBatch, now: float) -> bool:
-        """Apply what almost every message is: the next batch of a calm stream, from which nothing else follows, no
-        fetch, no other state and no other slot. False if it is not that; then nothing is done, and it is for handle().
-        """
-        _, epoch, _, seq, ops = batch
-        base = self._base
-        if now >= self._calm_until or base is None or seq != base.seq + 1 or epoch != self.epoch:
+    def _change_calm(self, batch: KvBatch, now: float) -> bool:
+        """Apply the next batch of a calm stream, if no fetch, no other state and no other slot follow from it. False if
+        some may; then nothing is done."""
+        base, ops = self._base, batch.ops
+        if now >= self._calm_until or base is None or batch.seq != base.seq + 1 or batch.epoch != self.epoch:
             return False
         blocks = len(ops) // HASH_BYTES  # or less
         if blocks > SLICE or not base.fits(blocks):
             return False
-        ones = unpack_ones(ops)
-        if ones is not None:
-            base.change_ones(ones)
-            self._top = base.seq = seq
-            return True
         try:
             runs = unpack_ops(ops)
         except WireError:
             return False
-        for kind, _, _ in runs:
-            if kind == CLEARED:
-                return False
+        if any(kind == CLEARED for kind, _, _ in runs):
+            return False
         base.change(runs)
-        self._top = base.seq = seq
+        base.seq = batch.seq
+        base.tag = batch_tag(batch.worker, batch.epoch, batch.rank)
         return True
 
     def _dispatch(self, event: Event, now: float) -> None:
@@ -449,6 +391,7 @@ class KvStream:
         self.state, self.why = self._verdict(now)
         calm = self.state == EXACT or (self.state == REPLAYING and not self._buffer and not self._filling)
         self._calm_until = self._heard + STALE_S if calm else -inf
+        self.take = self._base.take if calm and self._base else _take_nothing
         if self.state != EXACT:
             self._proved = False
         if self.state != before:
@@ -478,3 +421,7 @@ def _slices(runs: list[Run]) -> Iterator[Run]:
     for kind, tier, packed in runs:
         for at in range(0, len(packed) or 1, SLICE * HASH_BYTES):  # or 1: cleared is a run without hashes
             yield kind, tier, packed[at : at + SLICE * HASH_BYTES]
+
+
+def _take_nothing(_: bytes) -> bool:
+    return False

@@ -270,6 +270,7 @@ class Dispatcher:
             on_load=self._load,
             batch_done=self._batch_done,
             on_kv=self.feed.received if self._follows_kv else None,
+            take_kv=self.feed.take if self._follows_kv else None,
         )
 
     def _link_up(self, link: WorkerLink) -> None:

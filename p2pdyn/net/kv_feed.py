@@ -13,10 +13,12 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from p2pdyn.core.kvindex import KvIndex
-from p2pdyn.core.kvstream import EXACT, Event, Fetch, Fetched, FetchFailed, KvStream, Lost, Tick, Up
+from p2pdyn.core.kvsignals import Fetch, Fetched, FetchFailed, Lost, Tick, Up
+from p2pdyn.core.kvstream import EXACT, Event, KvStream
 from p2pdyn.core.types import NodeId
 from p2pdyn.net.kv_source import hex_blocks
 from p2pdyn.wire.events import KvBatch, KvDigest
+from p2pdyn.wire.kvbatch import RANK_AT
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +74,20 @@ class KvFeed:
             self.retired.update(asdict(self.streams.pop(key).counters))
             self._told.pop(key, None)
 
+    def take(self, worker: NodeId, data: bytes) -> bool:
+        """A message from the worker's event link, as it came: whether all that it wants has been done, as with almost
+        every KvBatch. If not it is to be decoded, and may be for :meth:`received`."""
+        try:
+            stream = self.streams.get((worker, data[RANK_AT]))
+        except IndexError:
+            return False
+        return stream is not None and stream.take(data)
+
     def received(self, worker: NodeId, message: KvBatch | KvDigest) -> None:
         """From the worker's event link."""
         key = (worker, message.rank)
         stream = self.streams.get(key)
-        if stream is None or message.worker != worker:
-            return
-        if type(message) is not KvBatch or not stream.take(message, self._loop.time()):
+        if stream is not None and message.worker == worker:
             self._handle(key, stream, message)
 
     def tick(self, now: float) -> None:

@@ -49,7 +49,8 @@ ANSWERS = frozenset((Tokens, Heartbeat, Refused, Prefilled, Move, Granted, Renew
 
 class WorkerLink:
     """Opens on construction, which raises OSError without descriptors. Callbacks are called on the event loop;
-    ``on_down`` exactly once, unless closed before."""
+    ``on_down`` exactly once, unless closed before. ``take_kv`` sees events before they are decoded, and answers whether
+    that is needed no more."""
 
     def __init__(
         self,
@@ -66,6 +67,7 @@ class WorkerLink:
         on_load: Callable[[NodeId, int, Load], None] | None = None,
         batch_done: Callable[[], None] | None = None,
         on_kv: Callable[[NodeId, KvBatch | KvDigest], None] | None = None,
+        take_kv: Callable[[NodeId, bytes], bool] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.worker = worker
@@ -85,7 +87,7 @@ class WorkerLink:
         self._hello = encode(hello)
         self._closed = False
         self._on_up, self._on_down, self._on_message = on_up, on_down, on_message
-        self._on_load, self._on_kv = on_load, on_kv
+        self._on_load, self._on_kv, self._take_kv = on_load, on_kv, take_kv
         self._fetches: dict[int, asyncio.Future[Chunk]] = {}
         self._ticket = 0
         self._load_seq = 0
@@ -235,6 +237,8 @@ class WorkerLink:
             return
         try:
             _, data = frames
+            if self._take_kv is not None and self._take_kv(self.worker, data):
+                return
             event = decode(EVENTS, data)
         except (ValueError, WireError):
             self.malformed += 1

@@ -24,7 +24,8 @@ from p2pdyn.wire.blobs import (
     encode_logprobs,
     encode_params,
 )
-from p2pdyn.wire.events import MAX_OPS, KvBatch
+from p2pdyn.wire.events import KvBatch
+from p2pdyn.wire.kvbatch import BATCH_HEAD, dump_batch, load_batch, refuse_batch
 from p2pdyn.wire.pack import unpack
 from p2pdyn.wire.requests import FINISHES, MAX_OPEN, Delta, Row, Tokens
 from p2pdyn.wire.schema import CONTROL, EVENTS, REGISTRY, REQUESTS, TRANSFER
@@ -71,7 +72,7 @@ def encode(message: object) -> bytes:
     if type(message) is Tokens:
         return encode_tokens(message.epoch, message.deltas)
     if type(message) is KvBatch:
-        return _dump_batch(message)
+        return dump_batch(message)
     link, kind, dump = _dumps.get(type(message)) or _learn(type(message))
     return _sized(_VERSION + msgpack.packb([kind, *dump(message)]), link)
 
@@ -84,8 +85,8 @@ def _sized(data: bytes, link: str) -> bytes:
 
 def decode(link: str, data: bytes) -> object:
     """The message that ``data`` holds. Raises WireError, FutureVersion among them, and nothing else."""
-    if link == EVENTS and data.startswith(_BATCH_HEAD):
-        return _load_batch(data)
+    if link == EVENTS and data.startswith(BATCH_HEAD):
+        return load_batch(data)
     if not data:
         raise WireError("empty message")
     if data[0] != PROTOCOL_VERSION:
@@ -184,40 +185,4 @@ def _load_tokens(fields: tuple[Any, ...]) -> Tokens:
 _loads[REQUESTS][_TOKENS_KIND] = _load_tokens
 
 
-# KvBatch: an array of the kind and one bytes item, always with the same heads, so that all of it lies at fixed places.
-_BATCH_HEAD = _VERSION + bytes([0x92, KvBatch.KIND, 0xC6])  # type: ignore[attr-defined]
-_BATCH = struct.Struct(">4sIQQBB")  # the heads, size of the item, epoch, seq, rank, bytes of the worker's id
-_BATCH_ITEM = 8
-"""Where the item begins."""
-_MAX_ID = 16
-
-
-def _dump_batch(batch: KvBatch) -> bytes:
-    worker, epoch, rank, seq, ops = batch
-    try:
-        name = worker.encode()
-        if len(name) > _MAX_ID or type(ops) is not bytes or len(ops) > MAX_OPS:
-            raise WireError("KvBatch: the worker or ops are too long")
-        size = _BATCH.size - _BATCH_ITEM + len(name) + len(ops)
-        return b"".join((_BATCH.pack(_BATCH_HEAD, size, epoch, seq, rank, len(name)), name, ops))
-    except (struct.error, AttributeError, UnicodeEncodeError, TypeError) as error:
-        raise WireError(f"KvBatch: {error}") from None
-
-
-def _load_batch(data: bytes) -> KvBatch:
-    try:
-        _, size, epoch, seq, rank, length = _BATCH.unpack_from(data)
-        start = _BATCH.size + length
-        worker = data[_BATCH.size : start].decode()
-    except (struct.error, UnicodeDecodeError):
-        raise WireError("KvBatch: truncated, or its worker is not text") from None
-    if size != len(data) - _BATCH_ITEM or length > _MAX_ID or not start <= len(data) <= start + MAX_OPS:
-        raise WireError("KvBatch: a length that does not fit")
-    return tuple.__new__(KvBatch, (worker, epoch, rank, seq, data[start:]))  # half the time of KvBatch(...)
-
-
-def _refuse_batch(_: tuple[Any, ...]) -> KvBatch:
-    raise WireError("KvBatch: not in its own layout")
-
-
-_loads[EVENTS][KvBatch.KIND] = _refuse_batch  # type: ignore[attr-defined]
+_loads[EVENTS][KvBatch.KIND] = refuse_batch  # type: ignore[attr-defined]

@@ -1,8 +1,9 @@
 """The packed parts of the KV event protocol: ops, replays, snapshots (docs/design/kv-events.md).
 
 Block hashes are not msgpack: an op is a byte ``kind << 4 | tier``, a u32 count and that many u64, little-endian, so
-that a batch of 500 blocks is copied and not parsed.  Whatever a peer sends, :class:`WireError` or valid ops come out,
-and no more is allocated than a small multiple of the input.
+that a batch of 500 blocks is copied and not parsed.  A batch's ops begin with what most of them are and no more: how
+many blocks were removed from the device tier and how many then stored there, two u32, and the hashes of both.  Whatever
+a peer sends, :class:`WireError` or valid ops come out, and no more is allocated than a small multiple of the input.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import struct
 import sys
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, reduce
 from operator import xor
 from typing import NamedTuple
@@ -26,19 +27,15 @@ MAX_RUNS = 4096
 HASH_BYTES = 8
 OP_BYTES = 5
 _OP = struct.Struct("<BI")
-_ONE = struct.Struct("<BIQ")
+_SWAP = struct.Struct("<II")
+SWAP_BYTES = _SWAP.size
 _LENGTH = struct.Struct("<I")
 _REPLAY = struct.Struct("<QQ")
 _SNAPSHOT = struct.Struct("<QQI")
-_SWAP = sys.byteorder == "big"
+_BIG = sys.byteorder == "big"
 _CLEARED = CLEARED << 4
 _HEADS = frozenset([_CLEARED, *(kind << 4 | tier for kind in (STORED, REMOVED) for tier in range(TIERS))])
-_ONES = _HEADS - {_CLEARED}
-MAX_ONES = 8
-"""Blocks from which on runs are the faster way."""
 _FOLD_FROM = 24
-_MAX_LANES = 1024
-"""Bytes: with every run a sum as long as the longest one is read."""
 
 
 class Op(NamedTuple):
@@ -51,10 +48,6 @@ class Op(NamedTuple):
 
 Run = tuple[int, int, bytes]
 """An op as it was received: kind, tier, and its hashes as they are packed, of which :func:`hashes_of` makes numbers."""
-
-
-One = tuple[int, int, int]
-"""An op on one block: kind, tier, hash."""
 
 
 class Replay(NamedTuple):
@@ -73,7 +66,17 @@ class Snapshot(NamedTuple):
     runs: list[Run]
 
 
-def pack_ops(ops: Iterable[Op]) -> bytes:
+def pack_ops(ops: Sequence[Op]) -> bytes:
+    """The ops of a batch."""
+    none = array("Q")
+    gone = ops[0].hashes if ops and ops[0][:2] == (REMOVED, DEVICE) else none
+    rest = ops[1:] if gone else ops
+    come = rest[0].hashes if rest and rest[0][:2] == (STORED, DEVICE) else none
+    head = _SWAP.pack(len(gone), len(come)) + little(gone).tobytes() + little(come).tobytes()
+    return head + pack_runs(rest[1:] if come else rest)
+
+
+def pack_runs(ops: Iterable[Op]) -> bytes:
     parts = []
     for kind, tier, hashes in ops:
         parts.append(_OP.pack(kind << 4 | tier, len(hashes)))
@@ -82,6 +85,19 @@ def pack_ops(ops: Iterable[Op]) -> bytes:
 
 
 def unpack_ops(data: bytes) -> list[Run]:
+    """Raises WireError."""
+    if len(data) < SWAP_BYTES:
+        raise WireError("KV ops: truncated")
+    gone, come = _SWAP.unpack_from(data)
+    middle = SWAP_BYTES + gone * HASH_BYTES
+    end = middle + come * HASH_BYTES
+    if end > len(data):
+        raise WireError("KV ops: a count that does not fit")
+    first = [(REMOVED, DEVICE, data[SWAP_BYTES:middle]), (STORED, DEVICE, data[middle:end])]
+    return [run for run in first if run[2]] + unpack_runs(data[end:])
+
+
+def unpack_runs(data: bytes) -> list[Run]:
     """Raises WireError."""
     runs: list[Run] = []
     at, end = 0, len(data)
@@ -99,19 +115,6 @@ def unpack_ops(data: bytes) -> list[Run]:
             raise WireError(f"KV ops: more than {MAX_RUNS}")
         runs.append((head >> 4, head & 15, data[start:at]))
     return runs
-
-
-def unpack_ones(data: bytes) -> list[One] | None:
-    """The ops of a batch in which each is one block stored or removed, as most are while workers decode; None if it is
-    not that."""
-    if len(data) > MAX_ONES * _ONE.size or len(data) % _ONE.size:
-        return None
-    ones: list[One] = []
-    for head, count, key in _ONE.iter_unpack(data):
-        if count != 1 or head not in _ONES:
-            return None
-        ones.append((head >> 4, head & 15, key))
-    return ones
 
 
 def hashes_of(packed: bytes) -> tuple[int, ...]:
@@ -144,14 +147,14 @@ def unpack_replay(data: bytes) -> Replay:
             raise WireError("KV replay: truncated")
         start = at + _LENGTH.size
         at = start + _LENGTH.unpack_from(data, at)[0]
-        if at - start < OP_BYTES or at > end:
+        if at - start < SWAP_BYTES or at > end:
             raise WireError("KV replay: a length that does not fit")
         batches.append(data[start:at])
     return Replay(epoch, first, batches)
 
 
 def pack_snapshot(epoch: int, seq: int, ops: list[Op]) -> bytes:
-    return _SNAPSHOT.pack(epoch, seq, len(ops)) + pack_ops(ops)
+    return _SNAPSHOT.pack(epoch, seq, len(ops)) + pack_runs(ops)
 
 
 def unpack_snapshot(data: bytes) -> Snapshot:
@@ -159,26 +162,24 @@ def unpack_snapshot(data: bytes) -> Snapshot:
     if len(data) < _SNAPSHOT.size:
         raise WireError("KV snapshot: truncated")
     epoch, seq, count = _SNAPSHOT.unpack_from(data)
-    runs = unpack_ops(data[_SNAPSHOT.size :])
+    runs = unpack_runs(data[_SNAPSHOT.size :])
     if len(runs) != count or any(kind != STORED for kind, _, _ in runs):
         raise WireError("KV snapshot: not as many stored ops as it says")
     return Snapshot(epoch, seq, runs)
 
 
 def combine(xors: list[int]) -> int:
-    """``KvDigest.xor`` of the XOR over each tier's hashes, in lanes: the tiers' are rotated by 0, 21 and 42 bits.
+    """``KvDigest.xor`` of the XOR over each tier's hashes: the tiers' are rotated by 0, 21 and 42 bits.
 
     Rotation and not a constant: XORing a constant in cancels whenever an even number of blocks is in a wrong tier.
     """
-    device, host, disk = map(fold, xors)
+    device, host, disk = xors
     return device ^ _rotate(host, 21) ^ _rotate(disk, 42)
 
 
-def lanes(packed: bytes) -> int:
-    """A number whose lanes of 64 bits, XORed, are the XOR over the hashes of a :data:`Run`. Such numbers may be XORed
-    with one another and with hashes, so that who sums up many small runs folds once (:func:`combine`)."""
-    number = int.from_bytes(packed, "little")
-    return number if len(packed) <= _MAX_LANES else fold(number)
+def xor_packed(packed: bytes | bytearray) -> int:
+    """The XOR over the hashes of a :data:`Run`, or of several behind one another."""
+    return fold(int.from_bytes(packed, "little"))
 
 
 def fold(number: int) -> int:
@@ -204,7 +205,7 @@ def _rotate(value: int, bits: int) -> int:
 
 def little(numbers: array[int]) -> array[int]:
     """Native order to little-endian or back: itself, except on a big-endian host."""
-    if _SWAP:
+    if _BIG:
         numbers = numbers[:]
         numbers.byteswap()
     return numbers

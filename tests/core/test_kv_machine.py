@@ -14,7 +14,9 @@ from support.kv import BLOCK, Cache
 from p2pdyn.core import kvstream
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.kvjournal import KvJournal
-from p2pdyn.core.kvstream import DIGEST_S, EXACT, NEW, Event, Fetch, Fetched, FetchFailed, KvStream, Lost, Tick, Up
+from p2pdyn.core.kvsignals import Fetch, Fetched, FetchFailed, Lost, Tick, Up
+from p2pdyn.core.kvstream import DIGEST_S, EXACT, NEW, Event, KvStream
+from p2pdyn.wire.codec import encode
 from p2pdyn.wire.events import KvBatch, KvDigest
 
 WORKERS = range(3)
@@ -98,8 +100,10 @@ class Wire(RuleBasedStateMachine):
     # What happens
 
     def do(self, frontend: int, worker: int, event: Event) -> None:
-        side = self.frontends[frontend]
-        for fetch in side.streams[worker].handle(event, self.now):
+        stream = self.frontends[frontend].streams[worker]
+        if isinstance(event, KvBatch) and stream.take(encode(event)):
+            return
+        for fetch in stream.handle(event, self.now):
             self.fetches.append((frontend, worker, fetch))
 
     def tick(self) -> None:
@@ -242,12 +246,13 @@ class Wire(RuleBasedStateMachine):
     @rule(frontend=st.sampled_from(FRONTENDS), worker=st.sampled_from(WORKERS), ahead=st.sampled_from((1, 2, 9, 2**60)))
     def forge(self, frontend: int, worker: int, ahead: int) -> None:
         """A batch that the worker never sent: garbage, or blocks that it does not have."""
-        foreign = b"\x00\x01\x00\x00\x00" + self.rng.randbytes(8)
-        self.forged(frontend, worker, ahead, self.rng.choice((b"\x00\x01", foreign, b"\x20\0\0\0\0")))
+        foreign = b"\0\0\0\0\1\0\0\0" + self.rng.randbytes(8)
+        self.forged(frontend, worker, ahead, self.rng.choice((b"\x00\x01", foreign, bytes(8) + b"\x20\0\0\0\0")))
 
     def forged(self, frontend: int, worker: int, ahead: int, ops: bytes) -> None:
         stream = self.frontends[frontend].streams[worker]
-        self.do(frontend, worker, KvBatch("f" * 16, stream.epoch, 0, stream.seq + ahead, ops))
+        name = self.workers[worker].journal.worker
+        self.do(frontend, worker, KvBatch(name, stream.epoch, 0, stream.seq + ahead, ops))
 
     @rule(worker=st.sampled_from(WORKERS), kind=st.sampled_from(("dies", "restarts", "unseen", "epoch")))
     def trouble(self, worker: int, kind: str) -> None:
@@ -320,7 +325,7 @@ class Wire(RuleBasedStateMachine):
         self.healed()
         for number, worker in enumerate(self.workers):
             if worker.alive:  # what was forged looks like the next batch, so that only a digest can tell
-                self.forged(number % len(FRONTENDS), number, 1, b"\x00\x01\x00\x00\x00" + self.rng.randbytes(8))
+                self.forged(number % len(FRONTENDS), number, 1, b"\0\0\0\0\1\0\0\0" + self.rng.randbytes(8))
                 self.work(number, 1)
         self.pass_time(HEAL_S)
         self.healed()

@@ -17,6 +17,7 @@ from p2pdyn.core.kvindex import KvIndex, Match
 KEYS = st.integers(1, 12)
 TIER = st.integers(0, 2)
 WHO = st.integers(0, 4)
+FEW = st.one_of(st.lists(KEYS, max_size=4), st.lists(KEYS, min_size=20, max_size=24))
 
 
 def hashes(*keys: int) -> array[int]:
@@ -57,13 +58,21 @@ class Sets(RuleBasedStateMachine):
         same = Counter(keys) - Counter(key for key, _ in changed)
         assert Counter(act(self.slots[who], tier, hashes(*keys))) == same
 
-    @rule(who=WHO, tier=TIER, key=KEYS, stores=st.booleans())
-    def change_one(self, who: int, tier: int, key: int, stores: bool) -> None:
+    @rule(who=WHO, gone=FEW, come=FEW)
+    def swap(self, who: int, gone: list[int], come: list[int]) -> None:
         if who not in self.slots:
             return
-        held, act = self.truth[who], self.index.store_one if stores else self.index.remove_one
-        assert act(self.slots[who], tier, key) == (((key, tier) in held) is not stores)
-        self.truth[who] = held | {(key, tier)} if stores else held - {(key, tier)}
+        held = self.truth[who]
+        left, new = {(key, 0) for key in gone}, {(key, 0) for key in come}
+        after = held - left | new
+        said = self.index.swap(self.slots[who], gone, come)
+        if said is None:
+            assert len(come) > self.index.room()
+            return
+        self.truth[who] = after
+        same = Counter(gone) - Counter(key for key, _ in left & held)
+        same += Counter(come) - Counter(key for key, _ in new - (held - left))
+        assert (said[0], Counter(said[1])) == (len(after) - len(held), same)
 
     @rule(count=st.integers(0, 5))
     def ask_for_room(self, count: int) -> None:

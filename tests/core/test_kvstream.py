@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from p2pdyn.core import kvstream
 from p2pdyn.core.kvindex import KvIndex
 from p2pdyn.core.kvjournal import KvJournal
+from p2pdyn.core.kvsignals import Fetch, Fetched, FetchFailed, Lost, Tick, Up
 from p2pdyn.core.kvstream import (
     DEGRADED,
     EXACT,
@@ -23,16 +25,12 @@ from p2pdyn.core.kvstream import (
     REPLAYING,
     STALE_S,
     Event,
-    Fetch,
-    Fetched,
-    FetchFailed,
     KvStream,
-    Lost,
-    Tick,
-    Up,
 )
 from p2pdyn.engines.base import BlocksCleared, BlocksRemoved, BlocksStored, KvEvent
+from p2pdyn.wire.codec import decode, encode
 from p2pdyn.wire.events import KvBatch, KvDigest
+from p2pdyn.wire.schema import EVENTS
 
 EPOCH = 5
 STATES = (NEW, REPLAYING, EXACT, GAP, DEGRADED)
@@ -65,6 +63,8 @@ class Pair:
         assert self.stream.state == state
 
     def do(self, event: Event) -> list[Fetch]:
+        if isinstance(event, KvBatch) and self.stream.take(encode(event)):
+            return []
         fetches = self.stream.handle(event, self.now)
         self.asked += fetches
         return fetches
@@ -260,55 +260,108 @@ def test_a_malformed_batch_is_followed_by_a_snapshot() -> None:
     assert (pair.stream.counters.malformed, pair.stream.counters.ignored) == (1, 0)
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_the_short_way_takes_the_next_batch_of_a_calm_stream(state: str) -> None:
-    pair = Pair(state)
-    batch = pair.step(9)[0]
-    before = pair.stream.seq, pair.stream.blocks, pair.stream.slot
-
-    calm = state in (REPLAYING, EXACT)
-    assert pair.stream.take(batch, pair.now) is calm
-    if calm:
-        assert pair.told() == (state, 2)
-        assert pair.right()
-        pair.do(pair.worker.digest())
-        assert pair.told() == (EXACT, 2)
-    assert calm or (pair.stream.seq, pair.stream.blocks, pair.stream.slot) == before
-
-
-CLEAR = b"\x20\0\0\0\0"
+CLEAR = bytes(8) + b"\x20\0\0\0\0"
 STORE = b"\0\x01\0\0\0" + bytes(8)
 
 
+def few(removed: int, stored: int, hashes: int) -> bytes:
+    """Ops that say so of blocks 100, 101, ..."""
+    return struct.pack(f"<II{hashes}Q", removed, stored, *range(100, 100 + hashes))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_short_way_takes_the_next_batch_of_a_calm_stream(state: str) -> None:
+    pair = Pair(state)
+    pair.do(pair.step(8)[0])
+    batch = pair.take(BlocksRemoved((1,)), BlocksStored((9,), None, (9,)))[0]
+    before = pair.stream.seq, pair.stream.blocks, pair.stream.slot
+
+    calm = state in (REPLAYING, EXACT)
+    assert pair.stream.take(encode(batch)) is calm
+    if calm:
+        assert pair.told() == (state, 3)
+        assert pair.right()
+        pair.do(pair.worker.digest())
+        assert pair.told() == (EXACT, 3)
+    assert calm or (pair.stream.seq, pair.stream.blocks, pair.stream.slot) == before
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["after another", "first"])
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"seq": 1}, id="seen"),
-        pytest.param({"seq": 3}, id="further ahead"),
+        pytest.param({"worker": "b" * 16}, id="another worker"),
+        pytest.param({"rank": 2}, id="another rank"),
+        pytest.param({"seq": 2}, id="seen"),
+        pytest.param({"seq": 4}, id="further ahead"),
         pytest.param({"epoch": EPOCH - 1}, id="older epoch"),
         pytest.param({"epoch": EPOCH + 1}, id="newer epoch"),
         pytest.param({"ops": CLEAR}, id="cleared"),
-        pytest.param({"ops": STORE + CLEAR + STORE}, id="cleared in between"),
-        pytest.param({"ops": STORE + b"x"}, id="malformed behind a store"),
-        pytest.param({"ops": 4 * STORE}, id="more than there is room for"),
+        pytest.param({"ops": few(0, 0, 0) + STORE + CLEAR + STORE}, id="cleared in between"),
+        pytest.param({"ops": few(0, 1, 1) + STORE}, id="another op"),
+        pytest.param({"ops": few(0, 1, 1) + b"x"}, id="a byte behind a store"),
+        pytest.param({"ops": few(0, 1, 2)}, id="a hash behind a store"),
+        pytest.param({"ops": few(2, 0, 1)}, id="fewer hashes than counted"),
+        pytest.param({"ops": few(2**32 - 1, 2, 1)}, id="counts that only add up in 32 bits"),
+        pytest.param({"ops": few(0, 4, 4)}, id="more than there is room for"),
+        pytest.param({"ops": few(0, 0, 0)[:7]}, id="truncated"),
     ],
 )
-def test_the_short_way_leaves_the_rest_as_it_is(change: dict[str, Any]) -> None:
-    pair = Pair(EXACT, max_blocks=5)
-    slot, held = pair.stream.slot, pair.worker.held()
+def test_the_short_way_leaves_the_rest_as_it_is(change: dict[str, Any], known: bool) -> None:
+    pair = Pair(EXACT, max_blocks=6)
+    if known:
+        pair.do(pair.step(8)[0])
+    told, slot, held = (*pair.told(), pair.stream.blocks), pair.stream.slot, pair.worker.held()
 
-    assert not pair.stream.take(pair.step(3)[0]._replace(**change), pair.now)
-    assert (*pair.told(), pair.stream.blocks) == (EXACT, 1, 2)
+    assert not pair.stream.take(encode(pair.step(3)[0]._replace(**change)))
+    assert (*pair.told(), pair.stream.blocks) == told
     assert pair.stream.slot == slot == 0
     assert pair.index.held(slot) == held
 
 
 def test_the_short_way_ends_with_the_digest_that_it_rests_on() -> None:
     pair = Pair(EXACT)
-    batch = pair.step(3)[0]
+    pair.do(pair.step(3)[0])
+    pair.wait(STALE_S - 0.01)
+    assert pair.stream.take(encode(pair.step(4)[0]))
+    pair.wait(0.01)
 
-    assert not pair.stream.take(batch, pair.now + STALE_S)
-    assert pair.stream.take(batch, pair.now + STALE_S - 0.01)
+    assert pair.stream.state == GAP
+    assert not pair.stream.take(encode(pair.step(5)[0]))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 9), max_size=4),
+    st.lists(st.integers(1, 9), max_size=4),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=2),
+    st.sampled_from((0, 0, -1, 8, -8)),
+)
+def test_the_short_way_does_what_the_long_one_does(
+    gone: list[int], come: list[int], changes: list[tuple[int, int]], longer: int
+) -> None:
+    """To a message of ours or one that differs in a few bytes; what it takes decodes."""
+    short, long = Pair(EXACT), Pair(EXACT)
+    for pair in (short, long):
+        pair.do(pair.step(*range(3, 8))[0])
+    held = sorted(one for one, _ in short.worker.held())
+    hashes = [held[one % len(held)] if one < 8 else one for one in gone + come]
+    ops = struct.pack(f"<II{len(hashes)}Q", len(gone), len(come), *hashes)
+    data = bytearray(encode(KvBatch("a" * 16, EPOCH, 3, 3, ops)))
+    for at, value in changes:
+        data[at % len(data)] = value
+    sent = bytes(data) + bytes(longer) if longer >= 0 else bytes(data[:longer])
+    taken = short.stream.take(sent)
+
+    assert taken or changes or longer
+    if taken:
+        batch = decode(EVENTS, sent)
+        assert isinstance(batch, KvBatch)
+        long.stream.handle(batch, long.now)
+    sides = [(pair.stream.seq, pair.stream.blocks, pair.index.held(0)) for pair in (short, long)]
+    assert sides[0] == sides[1]
+    digests = [pair.stream._base.digest() for pair in (short, long) if pair.stream._base]
+    assert digests[0] == digests[1]
 
 
 def test_a_large_batch_is_applied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,7 +505,7 @@ def test_a_digest_counts_once() -> None:
 def test_a_worker_that_stays_behind_what_was_received_is_asked() -> None:
     """A batch that it never sent took the place of its next one."""
     pair = Pair(EXACT)
-    pair.do(KvBatch("f" * 16, EPOCH, 3, 2, b"\x20\0\0\0\0"))
+    pair.do(KvBatch("f" * 16, EPOCH, 3, 2, CLEAR))
     assert pair.do(pair.worker.digest()) == []
     pair.wait(STALE_S)
     assert pair.stream.state == GAP
@@ -578,7 +631,7 @@ def test_a_snapshot_of_an_older_epoch_is_asked_for_again() -> None:
 
 def test_a_number_far_ahead_costs_a_replay_and_no_more() -> None:
     pair = Pair(EXACT)
-    (pair.fetch,) = pair.do(KvBatch("f" * 16, EPOCH, 3, 2**60, b"\x20\0\0\0\0"))
+    (pair.fetch,) = pair.do(KvBatch("f" * 16, EPOCH, 3, 2**60, CLEAR))
     assert pair.fetch == replay(2, 2)
     pair.answer()
 

@@ -57,7 +57,7 @@ class Bench:
             self.sockets, Hello(FRONTEND, 1), WORKER, EPOCH, requests, events,
             on_up=lambda link: feed.up(link, 1), on_down=lambda link, reason: feed.lost(WORKER),
             on_message=lambda link, message: None, on_load=lambda worker, rank, load: None, batch_done=lambda: None,
-            on_kv=feed.received,
+            on_kv=feed.received, take_kv=feed.take,
         )  # fmt: skip
         self.links.append(link)
         self.feeds.append(feed)
