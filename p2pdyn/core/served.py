@@ -69,6 +69,8 @@ class Served:
         self._ended = 0
         self.connections: dict[bytes, Connection] = {}
         self.running: dict[int, Running] = {}
+        self.refused: list[tuple[Running, str]] = []
+        """What the engine will not run, and why: forgotten, to be told."""
 
     def hello(self, connection: bytes, frontend: str, now: float) -> None:
         known = self.connections.get(connection)
@@ -137,6 +139,10 @@ class Served:
         for output in outputs:
             running = running_by_key.get(output.key)
             if running is None or running.finish:
+                continue
+            if output.finish == "invalid":
+                self._forget(running)
+                self.refused.append((running, output.detail))
                 continue
             if not running.started:
                 running.started = True

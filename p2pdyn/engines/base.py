@@ -65,9 +65,10 @@ class Sequence:
 
 @dataclass(slots=True)
 class Output:
-    """What one step produced for one sequence. ``finish``: "" (goes on), stop, length, abort or error (``detail``
-    says why); with stop the last token is the end or stop token itself. ``cached`` counts prompt tokens served from
-    the prefix cache, told with the first output. ``logprobs``, where asked for: one
+    """What one step produced for one sequence. ``finish``: "" (goes on), stop, length, abort, error (``detail`` says
+    why, and it is tried elsewhere) or invalid (no worker could serve this request, said before its first token: the
+    client is told ``detail``); with stop the last token is the end or stop token itself. ``cached`` counts prompt
+    tokens served from the prefix cache, told with the first output. ``logprobs``, where asked for: one
     ``(chosen logprob, ((token id, logprob), ...))`` a token."""
 
     key: int

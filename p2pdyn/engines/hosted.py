@@ -74,6 +74,10 @@ def adapters(modules: Iterable[str]) -> dict[str, str]:
 # ---- sequences and outputs
 
 
+class Unreadable(ValueError):
+    """What another worker said of its KV is nothing this one understands: the request is not at fault."""
+
+
 def budget(sequence: Sequence, context: int) -> tuple[int, str, str]:
     """(how many tokens it may still produce, finish, detail); the first is 0 when it has ended before it began."""
     length, wanted = len(sequence.tokens), sequence.params.max_tokens

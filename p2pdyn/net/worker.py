@@ -354,6 +354,10 @@ class WorkerService:
             return
         freed = sum([bool(output.finish) for output in step.outputs]) if len(served.running) > self._batch else -1
         served.outputs(step.outputs)
+        while served.refused:
+            running, why = served.refused.pop()
+            self._meter.gone(running.key)
+            self._send(running.connection, encode(Refused(running.rid, running.attempt, "invalid", why[:500])))
         now = monotonic()
         self._meter.stepped(served.started, len(step.outputs), self.load.active_blocks, now, freed)
         served.started.clear()

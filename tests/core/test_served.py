@@ -67,6 +67,15 @@ def test_steps_between_two_takes_are_one_row_a_request() -> None:
     assert step(served, Output(first.key, (11,))) == {ONE: [(1, 0, 2, (11,), "", 0, b"")]}
 
 
+def test_what_the_engine_refuses_is_forgotten_and_told_apart() -> None:
+    served = make()
+    bad, fine = admit(served, ONE, generate(1)), admit(served, ONE, generate(2))
+    rows = step(served, Output(bad.key, (), "invalid", detail="no such grammar"), Output(fine.key, (7,)))
+    assert rows == {ONE: [(2, 0, 0, (7,), "", 0, b"")]}
+    assert [(running.rid, why) for running, why in served.refused] == [(1, "no such grammar")]
+    assert list(served.running) == [fine.key]
+
+
 def test_a_request_is_open_until_its_last_row_is_taken() -> None:
     served = make()
     sequence = admit(served, ONE, generate(1))

@@ -112,6 +112,10 @@ def test_chunks_become_outputs() -> None:
     assert sampling.from_sglang(3, chunk([5, 6], {"type": "stop", "matched": 6}), False, None).finish == "stop"
     aborted = sampling.from_sglang(3, chunk([5], {"type": "abort", "message": "no\nroom"}), False, None)
     assert aborted == Output(3, (), "error", detail="no"), "its token was told before"
+    refused = {"type": "abort", "message": "no grammar", "status_code": 400}
+    assert sampling.from_sglang(3, chunk([], refused), True, None) == Output(3, (), "invalid", detail="no grammar")
+    assert sampling.from_sglang(3, chunk([], refused), False, None).finish == "error", "it has begun: no refusal"
+    assert sampling.from_sglang(3, chunk([], {**refused, "status_code": 500}), True, None).finish == "error"
     told = {
         "output_token_logprobs": [(-9.0, 1, None), (-0.1, 5, None)],
         "output_top_logprobs": [[], [(-0.1, 5, None), (-2.0, 6, None)]],
@@ -174,6 +178,8 @@ def test_the_shim_and_roles_bring_flags_of_their_own() -> None:
     shimmed = flags(arguments.CPU_SHIM, "--attention-backend", "other", role=DECODE)
     assert shimmed[shimmed.index("--device") + 1] == "cpu"
     assert "--attention-backend" not in shimmed
+    assert "--sleep-on-idle" in shimmed
+    assert "--sleep-on-idle" not in flags(role=PREFILL), "beside a GPU there are cores enough"
     assert shimmed[shimmed.index("--disaggregation-mode") + 1] == DECODE
     assert "none" in shimmed, "nothing is pinned for CUDA"
     prefill = flags(role=PREFILL)

@@ -74,6 +74,13 @@ def test_outputs_carry_the_likeliest_tokens_in_order() -> None:
     assert sampling.from_vllm(3, result, False, None) == Output(3, (5,))
 
 
+def test_what_blames_the_request_is_told_from_what_does_not() -> None:
+    newer = type("VLLMValidationError", (type("VLLMClientError", (Exception,), {}),), {})
+    assert sampling.blames_request(ValueError("a grammar"))
+    assert sampling.blames_request(newer("a grammar"))
+    assert not sampling.blames_request(RuntimeError("the device"))
+
+
 def test_what_a_prefill_holds_is_what_a_decode_is_told() -> None:
     params = {
         "remote_request_id": "r-1",

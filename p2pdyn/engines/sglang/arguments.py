@@ -130,6 +130,7 @@ def _defaults(options: EngineOptions, bootstrap_port: int) -> list[str]:
             "--disable-cuda-graph": (),
             "--disable-overlap-schedule": (),
             "--mem-fraction-static": ("0.1",),
+            "--sleep-on-idle": (),  # else an idle scheduler keeps a core busy, which others compute on here
         }
     if options.role in ROLES:
         flags |= {

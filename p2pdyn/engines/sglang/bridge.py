@@ -178,7 +178,8 @@ class Bridge:
                         return
         except Exception as error:
             if job.held is None:
-                self._box.put(Output(job.key, (), "error", detail=one_line(error)))
+                finish = "invalid" if job.silent and isinstance(error, ValueError) else "error"
+                self._box.put(Output(job.key, (), finish, detail=one_line(error)))
 
     def _take(self, job: Job, chunk: dict[str, Any]) -> bool:
         """Whether nothing more of it is wanted."""

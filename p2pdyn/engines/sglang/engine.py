@@ -27,7 +27,7 @@ from p2pdyn.engines.base import (
     Step,
     TransferOrder,
 )
-from p2pdyn.engines.hosted import budget, card_of, folder_of, joined, log_to_stderr, one_line, weights_of
+from p2pdyn.engines.hosted import Unreadable, budget, card_of, folder_of, joined, log_to_stderr, one_line, weights_of
 from p2pdyn.engines.logtap import LogTap
 from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.sglang import arguments, handoff, sampling, versions
@@ -190,7 +190,8 @@ class SglangEngine:
         try:
             job = self._job(sequence, room)
         except (ValueError, TypeError) as error:
-            self._instant.append(Output(sequence.key, (), "error", detail=one_line(error)))
+            finish = "error" if isinstance(error, Unreadable) else "invalid"
+            self._instant.append(Output(sequence.key, (), finish, detail=one_line(error)))
             return
         self._open.add(sequence.key)
         if job.held is not None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgpack
 
+from p2pdyn.engines.hosted import Unreadable
+
 MAX_PARAMS = 1024
 """Bytes: an address and a number."""
 FAKE_HOST = "2.2.2.2"
@@ -41,7 +43,7 @@ def opened(host: str, port: int) -> Room:
 
 
 def unpack(packed: bytes) -> Room:
-    """What :meth:`Room.pack` made. Raises ValueError with a sentence for anything else."""
+    """What :meth:`Room.pack` made. Raises Unreadable with a sentence for anything else."""
     try:
         if len(packed) > MAX_PARAMS:
             raise ValueError
@@ -50,5 +52,5 @@ def unpack(packed: bytes) -> Room:
         if not (isinstance(host, str) and host and 0 < port < 65536 and 0 <= room < 2**63):
             raise ValueError
     except Exception as error:  # msgpack raises several unrelated classes
-        raise ValueError("what the prefill worker said of its room cannot be read") from error
+        raise Unreadable("what the prefill worker said of its room cannot be read") from error
     return Room(host, port, room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from http import HTTPStatus
 from typing import Any
 
 from p2pdyn.core.types import SamplingParams
@@ -69,8 +70,8 @@ def from_sglang(key: int, chunk: dict[str, Any], first: bool, alternatives: int 
     meta = chunk["meta_info"]
     tokens = tuple(chunk["output_ids"])
     ended = meta["finish_reason"]
-    output = Output(key, tokens, _finish(ended) if ended else "")
-    if output.finish == "error":
+    output = Output(key, tokens, _finish(ended, first) if ended else "")
+    if output.finish in ("error", "invalid"):
         output.tokens = ()  # an abort's last chunk repeats what was told already
         output.detail = one_line(ValueError(ended.get("message") or "SGLang gave the request up"))
         return output
@@ -81,9 +82,12 @@ def from_sglang(key: int, chunk: dict[str, Any], first: bool, alternatives: int 
     return output
 
 
-def _finish(ended: dict[str, Any]) -> str:
-    kind = ended["type"]
-    return kind if kind in ("stop", "length") else "error"
+def _finish(ended: dict[str, Any], first: bool) -> str:
+    """``first``: nothing was told before, so that an abort that blames the request refuses it."""
+    kind: str = ended["type"]
+    if kind in ("stop", "length"):
+        return kind
+    return "invalid" if first and ended.get("status_code") == HTTPStatus.BAD_REQUEST else "error"
 
 
 def _logprobs(meta: dict[str, Any], count: int, alternatives: int) -> tuple[Any, ...]:

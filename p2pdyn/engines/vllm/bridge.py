@@ -18,7 +18,7 @@ from p2pdyn.engines.hosted import boot_time, one_line
 from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.vllm import handoff
 from p2pdyn.engines.vllm.arguments import LEASE_S
-from p2pdyn.engines.vllm.sampling import from_vllm, warm_params
+from p2pdyn.engines.vllm.sampling import blames_request, from_vllm, warm_params
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,9 @@ class Bridge:
         except EngineDeadError:
             self._box.die(ENDED)
         except Exception as error:
-            self._box.put(Output(job.key, (), "error", detail=one_line(error.__cause__ or error)))
+            cause = error.__cause__ or error
+            finish = "invalid" if job.silent and blames_request(cause) else "error"
+            self._box.put(Output(job.key, (), finish, detail=one_line(cause)))
 
     def _take(self, job: Job, result: Any) -> None:
         first, job.silent = job.silent, False

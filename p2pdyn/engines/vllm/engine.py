@@ -23,7 +23,16 @@ from p2pdyn.engines.base import (
     Step,
     TransferOrder,
 )
-from p2pdyn.engines.hosted import budget, card_of, folder_of, joined, log_to_stderr, one_line, weights_of
+from p2pdyn.engines.hosted import (
+    Unreadable,
+    budget,
+    card_of,
+    folder_of,
+    joined,
+    log_to_stderr,
+    one_line,
+    weights_of,
+)
 from p2pdyn.engines.logtap import LogTap
 from p2pdyn.engines.postbox import Postbox
 from p2pdyn.engines.vllm import arguments, handoff, sampling, versions
@@ -152,7 +161,8 @@ class VllmEngine:
         try:
             job = self._job(sequence, room)
         except Exception as error:  # vLLM's and pydantic's, of several unrelated classes
-            self._instant.append(Output(sequence.key, (), "error", detail=one_line(error)))
+            finish = "error" if isinstance(error, Unreadable) else "invalid"
+            self._instant.append(Output(sequence.key, (), finish, detail=one_line(error)))
             return
         self._open.add(sequence.key)
         assert self._bridge is not None

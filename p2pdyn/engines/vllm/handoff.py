@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 
 from p2pdyn.engines.base import Held, Output
+from p2pdyn.engines.hosted import Unreadable
 
 MAX_PARAMS = 4 * 2**20
 """Bytes: four a block and some names."""
@@ -33,7 +34,7 @@ def request_of(packed: bytes) -> str:
 
 
 def decode(packed: bytes) -> dict[str, Any]:
-    """For the request that pulls those blocks. Raises ValueError for what is no such answer."""
+    """For the request that pulls those blocks. Raises Unreadable for what is no such answer."""
     try:
         if len(packed) > MAX_PARAMS:
             raise ValueError
@@ -41,5 +42,5 @@ def decode(packed: bytes) -> dict[str, Any]:
         if not isinstance(params, dict) or not params["remote_request_id"] or not params["do_remote_prefill"]:
             raise ValueError
     except Exception as error:  # msgpack raises several unrelated classes
-        raise ValueError("what the prefill worker said of its blocks cannot be read") from error
+        raise Unreadable("what the prefill worker said of its blocks cannot be read") from error
     return params

@@ -65,6 +65,11 @@ def _structured(params: SamplingParams) -> Any:
     return StructuredOutputsParams(**params.guided)
 
 
+def blames_request(error: BaseException) -> bool:
+    """Whether vLLM's refusal means the request itself; what says so is a class of its own since 0.32."""
+    return isinstance(error, ValueError) or any(kind.__name__ == "VLLMClientError" for kind in type(error).__mro__)
+
+
 def from_vllm(key: int, result: Any, first: bool, alternatives: int | None) -> Output:
     """One RequestOutput of vLLM: a delta of one token, or of several where this process lagged behind."""
     (completion,) = result.outputs
