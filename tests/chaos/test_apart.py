@@ -11,6 +11,8 @@ from chaos.faults import Injector
 from chaos.load import Load
 from chaos.schedule import Fault
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def cluster(hosts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:

@@ -16,10 +16,12 @@ from chaos.answers import Question, answer_to
 from chaos.client import Attempt, attempt
 from chaos.cluster import PORT, Cluster, disagreements, wait_at_rest
 from chaos.faults import Injector
-from chaos.inside import thread_in
 from chaos.load import Load
 from chaos.schedule import Fault
+from netns.inside import thread_in
 from support.nodes import wait_for
+
+pytestmark = pytest.mark.alone
 
 USERS = 8
 SILENCE_S = 2.0

@@ -54,6 +54,7 @@ def test_two_frontends_serve_what_two_workers_generate(cluster: Cluster) -> None
     assert one.choices[0].message.content == two.choices[0].message.content
 
 
+@pytest.mark.alone
 def test_a_killed_worker_is_out_of_routing_at_once_and_its_stream_goes_on(cluster: Cluster) -> None:
     frontend = cluster.frontend("f1")
     slow = ("--", "--itl-ms", "20")
@@ -93,6 +94,7 @@ def test_a_killed_worker_is_out_of_routing_at_once_and_its_stream_goes_on(cluste
     assert {a.model_extra["p2pdyn"]["workers"][0] for a in answers} == {survivor}
 
 
+@pytest.mark.alone
 def test_a_killed_idle_worker_is_out_of_routing_within_half_a_second(cluster: Cluster) -> None:
     frontend = cluster.frontend("f1")
     victim, survivor = (cluster.worker(f"w{i}", seeds=[frontend]) for i in (1, 2))
@@ -113,6 +115,7 @@ def links_up(frontend: NodeProcess) -> set[str]:
         return set(re.findall(r'worker_link_up{worker="(\w+)"} 1', answer.read().decode()))
 
 
+@pytest.mark.alone
 def test_a_new_worker_takes_traffic_within_a_second_of_ready(cluster: Cluster) -> None:
     frontend = cluster.frontend("f1")
     cluster.worker("w1", seeds=[frontend])

@@ -11,6 +11,8 @@ from support import foreign_node
 from support.nodes import Cluster, make_key, wait_for
 from support.pd import Asked, PdCluster, prompt, reference
 
+pytestmark = pytest.mark.alone
+
 PREFIX = 4000
 SLOW = ("--", "--prefill-tps", "2000", "--itl-ms", "1")
 """2 s for the prefix, to read it takes 20 ms."""

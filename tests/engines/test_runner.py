@@ -188,6 +188,7 @@ def test_a_thousand_sequences(drive: Drive, kind: Any) -> None:
     run(check())
 
 
+@pytest.mark.alone
 @both
 def test_the_loop_serves_others_between_steps(drive: Drive, kind: Any) -> None:
     """A timer of 1 ms fires hundreds of times while an engine without waits runs thousands of steps."""
@@ -207,6 +208,7 @@ def test_the_loop_serves_others_between_steps(drive: Drive, kind: Any) -> None:
     run(check())
 
 
+@pytest.mark.alone
 def test_steps_come_when_they_are_due(drive: Drive) -> None:
     async def check() -> None:
         async with drive(InProcessRunner, SIM, "--itl-ms=20", "--prefill-tps=1e6") as driven:
@@ -284,6 +286,7 @@ def test_a_bug_while_loading_is_told_with_its_traceback(drive: Drive, capfd: pyt
     assert "Traceback" in capfd.readouterr().err
 
 
+@pytest.mark.alone
 def test_a_killed_child_is_noticed_at_once(drive: Drive) -> None:
     async def check() -> None:
         async with drive(ChildRunner, FAULTY, "slow") as driven:
@@ -321,6 +324,7 @@ def test_a_dying_child_takes_what_it_started_along(drive: Drive, tmp_path: Path)
     run(check())
 
 
+@pytest.mark.alone
 def test_close_lets_the_engine_close(drive: Drive, tmp_path: Path) -> None:
     async def check() -> None:
         async with drive(ChildRunner, FAULTY, "close-told") as driven:

@@ -332,6 +332,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
 # ---- speed
 
 
+@pytest.mark.alone
 def test_steps_are_fast_enough_for_the_benchmark() -> None:
     """Far above what is measured (2.5 us a token, 15 us a submit), so that only a blunder fails on a busy machine."""
     engine = sim()

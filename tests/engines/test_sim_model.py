@@ -50,6 +50,7 @@ async def load_and_watch(folder: Path) -> tuple[EngineInfo, float]:
         await runner.close()
 
 
+@pytest.mark.alone
 def test_a_large_tokenizer_does_not_hold_up_the_loop(large: Path) -> None:
     for _ in range(3):  # another process may take the processor away, but hardly three times
         info, lag = asyncio.run(load_and_watch(large))

@@ -139,6 +139,7 @@ def test_without_descriptors_new_clients_are_refused_and_all_else_goes_on(cluste
     assert "ulimit -n" in frontend.stderr
 
 
+@pytest.mark.alone
 def test_memory_growth_is_measured_over_every_kind_of_end(tmp_path: Path) -> None:
     """The quick form of bench/memory_growth.py: all answers as expected; so short a run says nothing of growth."""
     bench = Path(__file__).resolve().parents[2] / "bench" / "memory_growth.py"

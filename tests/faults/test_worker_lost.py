@@ -157,6 +157,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Three]:
         yield Three(nodes)
 
 
+@pytest.mark.alone
 def test_a_frontend_that_stood_still_blames_nobody(three: Three) -> None:
     def stand(seconds: float) -> list[Answer]:
         def freeze(answers: list[Answer]) -> None:
@@ -176,6 +177,7 @@ def test_a_frontend_that_stood_still_blames_nobody(three: Three) -> None:
     wait_for(lambda: links() == set(three.workers), 10, "all workers are still members")
 
 
+@pytest.mark.alone
 def test_killed_and_frozen_workers_change_no_answer(three: Three) -> None:
     frozen: list[NodeProcess] = []
 
@@ -198,6 +200,7 @@ def test_killed_and_frozen_workers_change_no_answer(three: Three) -> None:
     assert any(answer.facts["migrations"] for answer in met)
 
 
+@pytest.mark.alone
 def test_what_cannot_be_resumed_says_so_and_ends_with_an_event(three: Three) -> None:
     answer = Answer()
     asking = threading.Thread(target=ask, args=(three.frontend, "unsure", UNSURE, True, answer))
@@ -231,7 +234,7 @@ def test_requests_of_a_frontend_that_is_gone_are_cancelled_and_clients_go_on_at_
         first.signal(number)
         gone = time.monotonic()
         wait_for(lambda: idle(worker, cluster), ORPHANED_S + 3, "its requests are cancelled", every=0.1)
-        assert time.monotonic() - gone < ORPHANED_S + 1.0  # asking the worker takes most of a second
+        assert time.monotonic() - gone < ORPHANED_S + 1.0
         after = Answer()
         for frontend in (first, second):  # what a client with two base URLs does
             if number == signal.SIGKILL or frontend is second:

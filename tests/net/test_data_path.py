@@ -16,9 +16,10 @@ import pytest
 from p2pdyn.core.flight_parts import Action
 from p2pdyn.core.request import Job, Logprobs, Outcome, Rejected
 from p2pdyn.core.types import READY, Address, Load, NodeId, PeerInfo, SamplingParams, ServedModel
-from p2pdyn.engines.base import EngineInfo, EngineOptions
+from p2pdyn.engines.base import EngineInfo, EngineOptions, Output
 from p2pdyn.engines.base import Sequence as EngineSequence
-from p2pdyn.engines.runner import Runner, make_runner
+from p2pdyn.engines.runner import InProcessRunner, Runner, make_runner
+from p2pdyn.engines.sim import SimEngine
 from p2pdyn.net.curve import Security, write_key_file
 from p2pdyn.net.dispatch import Dispatcher
 from p2pdyn.net.sockets import Sockets
@@ -168,6 +169,7 @@ def test_tokens_flow_and_are_the_same_from_every_worker(run: Run) -> None:
     run(scenario)
 
 
+@pytest.mark.alone
 def test_fast_steps_share_a_message_but_neither_the_first_token_nor_the_end_waits(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +278,7 @@ def test_a_closed_worker_is_left_at_once_and_the_stream_goes_on_exactly(run: Run
     run(scenario)
 
 
+@pytest.mark.alone
 def test_a_silent_worker_is_left_after_a_second(run: Run) -> None:
     async def scenario(bench: Bench) -> None:
         for letter in "ab":
@@ -455,6 +458,30 @@ def test_a_prompt_past_the_context_is_the_clients_fault(run: Run) -> None:
         outcome = await sink.outcome
         assert outcome.failure is not None
         assert outcome.failure.status == 400
+
+    run(scenario)
+
+
+def test_what_the_engine_itself_refuses_is_the_clients_fault_and_tried_nowhere_else(run: Run) -> None:
+    """As vLLM's validation does; `sim` refuses nothing."""
+
+    async def scenario(bench: Bench) -> None:
+        for worker in (await bench.worker("a"), await bench.worker("b")):
+            assert isinstance(worker.runner, InProcessRunner)
+            engine = worker.runner.engine
+            assert isinstance(engine, SimEngine)
+
+            def refuse(sequence: EngineSequence, now: float, engine: SimEngine = engine) -> None:
+                engine._instant.append(Output(sequence.key, (), "invalid", detail="no such grammar"))
+
+            engine.submit = refuse  # type: ignore[method-assign]
+        bench.refresh()
+        _, sink = bench.submit()
+        outcome = await sink.outcome
+        assert outcome.failure is not None
+        assert (outcome.failure.status, outcome.failure.message) == (400, "no such grammar")
+        assert len(sink.routed) == 1
+        assert [worker.service.open for worker in bench.workers] == [0, 0]
 
     run(scenario)
 

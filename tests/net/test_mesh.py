@@ -119,6 +119,7 @@ def test_a_change_of_info_reaches_everybody() -> None:
     scenario(body)()
 
 
+@pytest.mark.alone
 def test_a_leaving_peer_is_left_and_a_killed_one_dead() -> None:
     async def body(start: Callable[..., Host]) -> None:
         first = start(1)

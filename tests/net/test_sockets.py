@@ -229,6 +229,7 @@ def test_a_burst_of_50000_messages_is_drained_without_holding_up_the_loop() -> N
     run(body)
 
 
+@pytest.mark.alone
 def test_a_large_prompt_does_not_hold_up_the_control_link() -> None:
     async def body(sockets: Sockets) -> None:
         requests, prompts = echo(sockets, max_size=REQUEST_MAX)

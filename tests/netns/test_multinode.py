@@ -81,6 +81,7 @@ def test_containers_bridges_are_never_announced(lab: Lab) -> None:
     assert "172.17.0.1" not in a.run("ss", "-Hlnt")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("example", "promised_s"), [("mdns", 2.5), ("seeds", 1.0)])
 def test_a_new_worker_takes_traffic_soon_after_ready(lab: Lab, example: str, promised_s: float) -> None:
     a, b, _ = hosts = three_hosts(lab)
