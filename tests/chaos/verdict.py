@@ -20,7 +20,7 @@ WARM_UP_S = 90.0
 GROWTH_SPAN_S = 120.0
 """Growth over less than this after the warm-up is not judged: it comes in steps of the allocator's."""
 RSS_LIMIT = 1.5
-"""MB a minute: three times the most that was seen while caches with a bound still filled (0.2 to 0.6)."""
+"""MB a minute: three times the most that was seen while caches with a bound still filled (0.2 to 0.5)."""
 DESCRIPTOR_SLACK = 32
 """Descriptors more at rest than before all load: a worker keeps its links to the three others whose KV blocks it has
 taken, up to ten descriptors each."""
