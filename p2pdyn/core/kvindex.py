@@ -7,11 +7,11 @@ is given to another only afterwards.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, islice, repeat
-from operator import and_, invert, neg, or_, xor
+from operator import and_, invert, or_, xor
 
 from p2pdyn.wire.kvpack import DEVICE, HOST, TIERS
 
@@ -297,15 +297,19 @@ class KvIndex:
             for tier in tiers[1:]:
                 held = map(or_, held, map(tier.get, part, repeat(0)))
             masks = list(accumulate(held, and_, initial=standing))
-            end, last = 0, masks[-1]
-            while standing != last:  # sets only lose members, so as numbers they fall: the end of each is bisected
-                end = bisect_right(masks, -standing, end, key=neg)
-                lost, depth = standing ^ masks[end], at + end - 1
-                while depth and lost:
-                    low = lost & -lost
-                    blocks[low.bit_length() - 1] = depth
-                    lost ^= low
-                standing = masks[end]
+            last = masks[-1]
+            if standing != last:  # sets only lose members, so as numbers they fall: the end of each is bisected
+                rising = masks[::-1]
+                count = less = len(rising)
+                while standing != last:
+                    less = bisect_left(rising, standing, 0, less)
+                    now, depth = rising[less - 1], at + count - less - 1
+                    lost = standing ^ now
+                    while depth and lost:
+                        low = lost & -lost
+                        blocks[low.bit_length() - 1] = depth
+                        lost ^= low
+                    standing = now
             if many:
                 course += masks[1:]
             at += len(part)
