@@ -10,14 +10,15 @@ import string
 import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from support.ahead import Ahead, Place
 from support.nodes import Cluster, NodeProcess, make_key, wait_for
-from support.sglang_engine import ARGS, ENVIRONMENT, START_S, needs_sglang
+from support.sglang_engine import ARGS, START_S, needs_sglang
 
 pytestmark = [needs_sglang, pytest.mark.timeout(700)]
 
@@ -36,15 +37,17 @@ class Sglangs:
         self.frontend = cluster.frontend("f")
         self.workers: list[NodeProcess] = []
 
-    def start(self, *names: str, **roles: str) -> None:
-        """All beside each other, until the endpoint knows them."""
-        for name in names:
-            args = ("--no-http", "--model", str(self.model), "--offline", "--role", roles.get(name, "aggregated"))
-            self.workers.append(self.cluster.start(name, *args, "--", *ARGS, engine="sglang", seeds=[self.frontend]))
+    def begin(self, **roles: str) -> None:
+        """All load beside each other."""
+        for name, role in roles.items():
+            args = ("--no-http", "--model", str(self.model), "--offline", "--role", role, "--", *ARGS)
+            self.workers.append(self.cluster.start(name, *args, engine="sglang", seeds=[self.frontend]))
+
+    def wait_ready(self) -> None:
+        """Until the endpoint knows them."""
         for worker in self.workers:
-            if worker.process.poll() is None:
-                worker.wait_ready(START_S)
-        wait_for(lambda: len(self.ready()) >= len(self.alive()), 20, "all workers, seen by the endpoint")
+            worker.wait_ready(START_S)
+        wait_for(lambda: len(self.ready()) == len(self.workers), 20, "all workers, seen by the endpoint")
 
     def alive(self) -> list[NodeProcess]:
         return [worker for worker in self.workers if worker.process.poll() is None]
@@ -72,23 +75,34 @@ def words(characters: int, seed: int) -> str:
     return "".join(random.Random(seed).choices(string.ascii_lowercase, k=characters))
 
 
-@contextmanager
-def running(folder: Path, model: Path) -> Iterator[Sglangs]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        with Cluster(folder, make_key(folder)) as nodes:
-            yield Sglangs(nodes, model)
-            for node in nodes.nodes:  # shown if a test has failed
-                print(f"--- {' '.join(node.process.args[-12:])}\n{node.stderr[-12000:]}")  # type: ignore[index]
+def begun(place: Place, name: str, **roles: str) -> Sglangs:
+    folder = place.folders.mktemp(name)
+    nodes = place.ends.enter_context(Cluster(folder, make_key(folder)))
+    sglangs = Sglangs(nodes, place.model)
+    sglangs.begin(**roles)
+    return sglangs
+
+
+AHEAD = {
+    "pool": partial(begun, name="pool", w1="aggregated", w2="aggregated"),
+    "apart": partial(begun, name="apart", p="prefill", d="decode"),
+}
+
+
+def loaded(ahead: Ahead, name: str) -> Iterator[Sglangs]:
+    sglangs: Sglangs = ahead.begun(name)
+    sglangs.wait_ready()
+    ahead.loaded(name)
+    yield sglangs
+    for node in sglangs.cluster.nodes:  # shown if a test has failed
+        print(f"--- {' '.join(node.process.args[-12:])}\n{node.stderr[-12000:]}")  # type: ignore[index]
+    sglangs.cluster.stop()
 
 
 @pytest.fixture(scope="module")
-def pool(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sglangs]:
+def pool(ahead: Ahead) -> Iterator[Sglangs]:
     """Two workers that do all."""
-    with running(tmp_path_factory.mktemp("pool"), tiny) as sglangs:
-        sglangs.start("w1", "w2")
-        yield sglangs
+    yield from loaded(ahead, "pool")
 
 
 def chat(client: openai.OpenAI, messages: list[dict[str, str]]) -> tuple[str, str, Any]:
@@ -162,6 +176,18 @@ def test_what_sglang_lacks_is_a_400_and_what_it_has_is_not(pool: Sglangs, asked:
                 response_format=form,  # type: ignore
             )
             assert json.loads(answer.choices[0].message.content or "") == {"a": 1}
+
+
+def test_what_the_engine_refuses_is_a_400_with_its_sentence(pool: Sglangs) -> None:
+    """A schema that no frontend looks into."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "nonsense"}}}
+    with pool.client() as client, pytest.raises(openai.BadRequestError, match="nonsense"):
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "x"}],
+            max_tokens=4,
+            response_format=form,  # type: ignore
+        )
 
 
 class Stream:
@@ -243,11 +269,9 @@ def test_an_engine_that_is_killed_is_named_and_its_streams_go_on(pool: Sglangs) 
 
 
 @pytest.fixture(scope="module")
-def apart(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sglangs]:
+def apart(ahead: Ahead) -> Iterator[Sglangs]:
     """One prefill and one decode worker."""
-    with running(tmp_path_factory.mktemp("apart"), tiny) as sglangs:
-        sglangs.start("p", "d", p="prefill", d="decode")
-        yield sglangs
+    yield from loaded(ahead, "apart")
 
 
 def test_prompts_are_computed_by_the_prefill_worker(apart: Sglangs) -> None:

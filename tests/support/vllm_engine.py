@@ -60,6 +60,7 @@ class Vllm:
     deaths: list[str] = field(default_factory=list)
     progress: list[tuple[float, str]] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    starting: asyncio.Task[None] | None = None
 
     @property
     def group(self) -> int:
@@ -135,25 +136,42 @@ class Lab:
         self.engines.append(told[0])
         return told[0]
 
+    def begin(self, engines: Iterable[Vllm]) -> None:
+        """Have them load beside each other, whether or not the loop runs meanwhile."""
+
+        async def body() -> None:
+            for engine in engines:
+                engine.starting = asyncio.create_task(self._start(engine))
+                await engine.until(lambda one=engine: one.progress or one.starting.done())
+
+        self.run(body())
+
     def start(self, engines: Iterable[Vllm]) -> None:
-        """Start them beside each other: what takes long, importing vLLM, takes one core."""
+        """Wait until they have loaded; what was not begun begins now. Raises what the first one says that could not."""
+        engines = list(engines)
+        self.begin(engine for engine in engines if engine.starting is None)
 
-        async def together() -> None:
-            async with asyncio.TaskGroup() as group:
-                for engine in engines:
-                    group.create_task(self._start(engine))
+        async def loaded() -> None:
+            await asyncio.gather(*(engine.starting for engine in engines if engine.starting is not None))
 
-        try:
-            self.run(together(), START_S)
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+        self.run(loaded(), START_S)
 
     async def _start(self, engine: Vllm) -> None:
-        engine.info = await engine.runner.start(lambda fraction, what: engine.progress.append((fraction, what)))
+        def progress(fraction: float, what: str) -> None:
+            engine.progress.append((fraction, what))
+            engine.changed.set()
+
+        engine.info = await engine.runner.start(progress)
+
+    def end(self, engines: Iterable[Vllm]) -> None:
+        """Close them; nothing of them is left for those that come behind."""
+        for engine in engines:
+            if engine.starting is not None:
+                engine.starting.cancel()
+            self.run(engine.runner.close())
 
     def close(self) -> None:
-        for engine in self.engines:
-            self.run(engine.runner.close())
+        self.end(self.engines)
         self._loop.close()
 
 

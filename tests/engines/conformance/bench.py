@@ -76,6 +76,7 @@ class Bench:
         made.mkdir()
         self.model = subject.model(made)
         self.engines: list[Driven] = []
+        self._begun: dict[str, Driven] = {}
         self._loop = asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
     def run(self, work: Awaitable[T], seconds: float) -> T:
@@ -85,27 +86,39 @@ class Bench:
 
         return self._loop.run(bounded())
 
+    def begin(self, *roles: str) -> None:
+        """Have an engine for each role load, beside each other and beside what runs until they are started."""
+        self._begun |= {role: self.spawn(Driven(self, role)) for role in roles}
+
     def start(self, *roles: str) -> list[Driven]:
-        """An engine for each role, started beside each other."""
-        made = [Driven(self, role) for role in roles]
-        self.bring_up(made)
+        """An engine for each role, loaded."""
+        self.begin(*(role for role in roles if role not in self._begun))
+        made = [self._begun.pop(role) for role in roles]
+        self.loaded(*made)
         return made
 
-    def bring_up(self, engines: list[Driven]) -> None:
-        self.engines += engines
+    def spawn(self, engine: Driven) -> Driven:
+        """Have it begin to load, in a process of its own."""
+        self.engines.append(engine)
 
-        async def together() -> None:
-            async with asyncio.TaskGroup() as group:
-                for engine in engines:
-                    group.create_task(engine.start())
+        async def body() -> None:
+            engine.starting = asyncio.create_task(engine.start())
+            while not (engine.progress or engine.starting.done()):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.01)  # until its options have arrived
 
         with pytest.MonkeyPatch.context() as patch:  # no longer: other engines' tests run while these are up
             for name, value in self.subject.environment.items():
                 patch.setenv(name, value)
-            try:
-                self.run(together(), self.subject.start_s)
-            except ExceptionGroup as failures:
-                raise failures.exceptions[0] from None
+            self.run(body(), self.subject.start_s)
+        return engine
+
+    def loaded(self, *engines: Driven) -> None:
+        """Wait for them. Raises what the first one says that could not."""
+
+        async def together() -> None:
+            await asyncio.gather(*(engine.starting for engine in engines if engine.starting is not None))
+
+        self.run(together(), self.subject.start_s)
 
     def close(self) -> None:
         for engine in self.engines:
@@ -124,6 +137,7 @@ class Driven:
         self.notes: list[TransferNote] = []
         self.deaths: list[str] = []
         self.progress: list[float] = []
+        self.starting: asyncio.Task[None] | None = None
         self.folder = bench.folder / role
         self.folder.mkdir(exist_ok=True)
         self._bench = bench
@@ -161,11 +175,13 @@ class Driven:
 
     def again(self) -> Driven:
         """The next life of this one: another process with the same arguments and folder."""
-        later = Driven(self._bench, self._role, self._life + 1)
-        self._bench.bring_up([later])
+        later = self._bench.spawn(Driven(self._bench, self._role, self._life + 1))
+        self._bench.loaded(later)
         return later
 
     def close(self) -> None:
+        if self.starting is not None:
+            self.starting.cancel()
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -280,11 +296,16 @@ class Driven:
         self.until(over, "the end of the hand-over")
 
     def nothing_is_used(self) -> None:
-        """Wait until the engine says that no sequence, lease or reservation holds anything."""
+        """Wait until no sequence is open and the engine says that none, no lease and no reservation holds anything."""
 
         def nothing() -> bool:
             load = self.load
-            return (load.active_requests, load.active_blocks, load.queued, load.prefill_tokens_queued) == (0, 0, 0, 0)
+            return not self.runner.has_work and (
+                load.active_requests,
+                load.active_blocks,
+                load.queued,
+                load.prefill_tokens_queued,
+            ) == (0, 0, 0, 0)
 
         self.until(nothing, "an idle engine without blocks in use")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from engines.conformance import subjects
@@ -58,10 +58,17 @@ def bench(subject: Subject, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def aggregated(bench: Bench) -> Driven:
-    """Loading is what takes long: one for all tests."""
+def aggregated(request: pytest.FixtureRequest, bench: Bench) -> Driven:
+    """Loading is what takes long: one for all tests. Those that hand over load while this one is tested."""
     (engine,) = bench.start("aggregated")
+    if "hand over" not in bench.subject.cannot and any("pair" in wanted(item) for item in request.session.items):
+        bench.begin("prefill", "decode")
     return engine
+
+
+def wanted(item: pytest.Item) -> Sequence[str]:
+    fixtures: Sequence[str] = getattr(item, "fixturenames", ())
+    return fixtures
 
 
 @pytest.fixture
