@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from support import messages
 
+from p2pdyn.core.kvindex import KvIndex
+from p2pdyn.core.kvtarget import TargetBlocks
 from p2pdyn.wire.codec import (
     WireError,
     decode,
@@ -30,6 +33,9 @@ from p2pdyn.wire.codec import (
     encode_info,
     encode_params,
 )
+from p2pdyn.wire.events import KvBatch
+from p2pdyn.wire.kvbatch import batch_tag
+from p2pdyn.wire.kvpack import DEVICE, REMOVED, STORED, Op, pack_ops
 
 SLOW_S = 1.0
 ODD = [bytes([head]) for head in (*range(0x80, 0xA0), *range(0xC0, 0xE0), 0xFF)]
@@ -41,12 +47,28 @@ ODD += [
     b"\xca\x7f\xc0\0\0",
 ]
 
+WORKER, EPOCH = "0123456789abcdef", 7
+HELD = TargetBlocks(KvIndex(), 0, 2**16)
+HELD.tag = batch_tag(WORKER, EPOCH, 0)
+
+
+def take(data: bytes) -> None:
+    """The short way of KV batches, which decodes nothing: what it takes must decode to the stream's next batch."""
+    if not HELD.take(data):
+        raise WireError("not for the short way")
+    HELD.seq = 0
+    batch = decode("events", data)
+    if not isinstance(batch, KvBatch) or batch[:4] != (WORKER, EPOCH, 0, 1):
+        raise AssertionError(f"taken, but it is {batch}")
+
+
 LINKS = ("control", "requests", "events")
 TARGETS: list[Callable[[bytes], object]] = [
     *((lambda data, link=link: encode(decode(link, data))) for link in LINKS),
     lambda data: encode_info(decode_info(data)),
     lambda data: encode_params(decode_params(data)),
     decode_logprobs,
+    take,
 ]
 
 
@@ -79,6 +101,10 @@ def corpus(start: int, count: int = 400) -> list[bytes]:
         found.extend((encode(sent[1]), encode_info(info), encode_params(params)))  # type: ignore[arg-type]
 
     collect()
+    rng = random.Random(start)
+    for count in range(100):
+        changes = [Op(kind, DEVICE, array("Q", range(rng.randrange(1 + count)))) for kind in (REMOVED, STORED)]
+        found.append(encode(KvBatch(WORKER, EPOCH, 0, 1, pack_ops([op for op in changes if op.hashes]))))
     return found
 
 
