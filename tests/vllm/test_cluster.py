@@ -10,15 +10,14 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import openai
 import pytest
+from support.ahead import Ahead, Place
 from support.nodes import Cluster, NodeProcess, make_key, wait_for
-from support.vllm_engine import ARGS, ENVIRONMENT, START_S, needs_vllm
+from support.vllm_engine import ARGS, START_S, needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.timeout(700)]
 
@@ -41,6 +40,7 @@ class Starved:
         self._seen = [(time.monotonic(), 0.0)]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="starved")
+        self._thread.start()
 
     def worst(self, span: float) -> float:
         """Seconds of any ``span`` seconds."""
@@ -56,11 +56,7 @@ class Starved:
             waited = int(self._file.read_text().split()[1]) / 1e9
             self._seen.append((time.monotonic(), waited))
 
-    def __enter__(self) -> Starved:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -73,15 +69,17 @@ class Vllms:
         self.model = model
         self.frontend = cluster.frontend("f")
         self.workers: list[NodeProcess] = []
+        self.starved: Starved | None = None
+        """Of the first one, if that is watched."""
 
-    def start(self, name: str, *flags: str) -> NodeProcess:
+    def begin(self, name: str, *flags: str) -> NodeProcess:
         """One that is loading."""
         args = (*flags, "--model", str(self.model), "--offline", "--", *ARGS)
         worker = self.cluster.start(name, *args, engine="vllm", seeds=[self.frontend])
         self.workers.append(worker)
         return worker
 
-    def ready(self) -> None:
+    def wait_ready(self) -> None:
         for worker in self.workers:
             worker.wait_ready(START_S)
         wait_for(lambda: self._ready() == len(self.workers), 15, "all workers, seen by the endpoint")
@@ -111,32 +109,50 @@ def words(characters: int, seed: int) -> str:
     return "".join(random.Random(seed).choices(string.ascii_lowercase, k=characters))
 
 
-@contextmanager
-def running(folder: Path) -> Iterator[Cluster]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        with Cluster(folder, make_key(folder)) as nodes:
-            yield nodes
-            for node in nodes.nodes:  # shown if a test has failed
-                print(f"--- {' '.join(node.process.args[-12:])}\n{node.stderr[-20000:]}")  # type: ignore[index]
+def begun_two(place: Place) -> Vllms:
+    vllms = empty(place, "two")
+    watched = vllms.begin("w1", "--http", "127.0.0.1:0")
+    vllms.starved = Starved(watched.process.pid)
+    place.ends.callback(vllms.starved.close)
+    vllms.begin("w2", "--no-http")
+    return vllms
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    with running(tmp_path) as nodes:
-        yield nodes
+def begun_apart(place: Place) -> Vllms:
+    vllms = empty(place, "apart")
+    vllms.begin("p", "--no-http", "--role", "prefill")
+    vllms.begin("d", "--no-http", "--role", "decode")
+    return vllms
+
+
+def empty(place: Place, name: str) -> Vllms:
+    folder = place.folders.mktemp(name)
+    return Vllms(place.ends.enter_context(Cluster(folder, make_key(folder))), place.model)
+
+
+AHEAD = {"two": begun_two, "apart": begun_apart}
+
+
+def loaded(ahead: Ahead, name: str) -> Iterator[Vllms]:
+    vllms: Vllms = ahead.begun(name)
+    vllms.wait_ready()
+    ahead.loaded(name)
+    yield vllms
+    for node in vllms.cluster.nodes:  # shown if a test has failed
+        print(f"--- {' '.join(node.process.args[-12:])}\n{node.stderr[-20000:]}")  # type: ignore[index]
+    vllms.cluster.stop()
 
 
 @pytest.fixture(scope="module")
-def apart(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllms]:
+def two(ahead: Ahead) -> Iterator[Vllms]:
+    """Two workers that do all."""
+    yield from loaded(ahead, "two")
+
+
+@pytest.fixture(scope="module")
+def apart(ahead: Ahead) -> Iterator[Vllms]:
     """One prefill and one decode worker."""
-    with running(tmp_path_factory.mktemp("apart")) as nodes:
-        vllms = Vllms(nodes, tiny)
-        vllms.start("p", "--no-http", "--role", "prefill")
-        vllms.start("d", "--no-http", "--role", "decode")
-        vllms.ready()
-        yield vllms
+    yield from loaded(ahead, "apart")
 
 
 def chat(client: openai.OpenAI, messages: list[dict[str, str]], **more: Any) -> tuple[str, str, Any]:
@@ -151,18 +167,17 @@ def chat(client: openai.OpenAI, messages: list[dict[str, str]], **more: Any) -> 
     return answer.model_extra["p2pdyn"]["workers"][0], answer.choices[0].message.content, answer.usage
 
 
-def test_conversations_stay_where_their_prefix_is(cluster: Cluster, tiny: Path) -> None:
-    """Two workers. vLLM's own counters confirm the hits, and its loading never held up the peer's loop."""
-    vllms = Vllms(cluster, tiny)
-    watched = vllms.start("w1", "--http", "127.0.0.1:0")
-    with Starved(watched.process.pid) as starved:
-        vllms.start("w2", "--no-http")
-        vllms.ready()
-        with urllib.request.urlopen(f"{watched.url}/metrics", timeout=10) as page:
-            (lag,) = re.findall(r"^p2pdyn_loop_lag_seconds (\S+)", page.read().decode(), re.MULTILINE)
-    assert float(lag) < LAG_S + starved.worst(float(lag))
+def test_loading_never_held_up_the_loop(two: Vllms) -> None:
+    assert two.starved is not None
+    with urllib.request.urlopen(f"{two.workers[0].url}/metrics", timeout=10) as page:
+        (lag,) = re.findall(r"^p2pdyn_loop_lag_seconds (\S+)", page.read().decode(), re.MULTILINE)
+    two.starved.close()
+    assert float(lag) < LAG_S + two.starved.worst(float(lag))
 
-    with vllms.client() as client:
+
+def test_conversations_stay_where_their_prefix_is(two: Vllms) -> None:
+    """vLLM's own counters confirm the hits."""
+    with two.client() as client:
         conversations = []
         for seed in range(4):
             messages = [{"role": "user", "content": words(LONG, seed)}]
@@ -170,10 +185,10 @@ def test_conversations_stay_where_their_prefix_is(cluster: Cluster, tiny: Path) 
             assert usage.completion_tokens <= 24
             messages += [{"role": "assistant", "content": content}, {"role": "user", "content": words(60, 100 + seed)}]
             conversations.append((worker, messages))
-        wait_for(lambda: known_blocks(vllms) >= 4 * (LONG // 32), 15, "what the workers hold, known to the endpoint")
+        wait_for(lambda: known_blocks(two) >= 4 * (LONG // 32), 15, "what the workers hold, known to the endpoint")
         for worker, messages in conversations:
-            wait_for(lambda w=worker, m=messages: choice(vllms, w, m), 15, "a choice between both, the holder known")
-            told = explained(vllms, messages)
+            wait_for(lambda w=worker, m=messages: choice(two, w, m), 15, "a choice between both, the holder known")
+            told = explained(two, messages)
             second, _, usage = chat(client, messages)
             assert second == worker, f"the second turn goes to the worker that holds the first: {told}"
             assert usage.prompt_tokens_details.cached_tokens >= LONG - 32
@@ -181,7 +196,7 @@ def test_conversations_stay_where_their_prefix_is(cluster: Cluster, tiny: Path) 
         for worker in used:
             turns = sum(one == worker for one, _ in conversations)
             wait_for(
-                lambda w=worker, n=turns: counted(vllms.named(w))[1] >= (LONG - 32) * n, NEWS_S, "vLLM's count of hits"
+                lambda w=worker, n=turns: counted(two.named(w))[1] >= (LONG - 32) * n, NEWS_S, "vLLM's count of hits"
             )
         stream = client.chat.completions.create(
             model="tiny",
@@ -192,6 +207,18 @@ def test_conversations_stay_where_their_prefix_is(cluster: Cluster, tiny: Path) 
             extra_body={"ignore_eos": True},
         )
         assert sum(bool(chunk.choices) for chunk in stream) >= 2
+
+
+def test_what_the_engine_refuses_is_a_400_with_its_sentence(two: Vllms) -> None:
+    """A schema that no frontend looks into."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "nonsense"}}}
+    with two.client() as client, pytest.raises(openai.BadRequestError, match=r"nonsense|schema|grammar"):
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "x"}],
+            max_tokens=4,
+            response_format=form,  # type: ignore
+        )
 
 
 def explained(vllms: Vllms, messages: list[dict[str, str]]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import re
 import signal
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ahead import Ahead, Place
 from support.engines import Result, sequence
 from support.processes import in_group, name_of
 from support.tiny_llama import CONTEXT, END
@@ -28,11 +28,43 @@ pytestmark = [needs_vllm, pytest.mark.timeout(400)]
 KEYS = count(1)
 
 
-@pytest.fixture(scope="module")
-def vllm(lab: Lab) -> Iterator[Vllm]:
-    engine = lab.make()
-    lab.start([engine])
+def begun(place: Place) -> Vllm:
+    engine = place.lab.make()
+    place.lab.begin([engine])
     return engine
+
+
+EMPTY = "no-model"
+
+
+def begun_in_vain(place: Place) -> dict[str, Vllm]:
+    engines = {
+        "flag": place.lab.make("--no-such-flag", "3"),
+        "context": place.lab.make("--max-model-len", "1000000"),
+        "folder": place.lab.make("--model", str(place.folders.mktemp(EMPTY, numbered=False))),
+    }
+    place.lab.begin(engines.values())
+    return engines
+
+
+AHEAD = {"vllm": begun, "refused": begun_in_vain}
+
+
+@pytest.fixture(scope="module")
+def vllm(lab: Lab, ahead: Ahead) -> Iterator[Vllm]:
+    engine: Vllm = ahead.begun("vllm")
+    lab.start([engine])
+    ahead.loaded("vllm")
+    yield engine
+    lab.end([engine])
+
+
+@pytest.fixture(scope="module")
+def refused(ahead: Ahead) -> dict[str, Vllm]:
+    """Engines that cannot start, by what is wrong."""
+    engines: dict[str, Vllm] = ahead.begun("refused")
+    ahead.loaded("refused")
+    return engines
 
 
 def ask(prompt: str, **params: Any) -> Sequence:
@@ -166,19 +198,21 @@ def test_guided_output_has_the_form_asked_for(lab: Lab, vllm: Vllm, guided: dict
 
 
 @pytest.mark.parametrize(
-    ("params", "why"),
+    ("params", "finish", "why"),
     [
-        ({"guided": {"json": {"type": "nonsense"}}}, "nonsense|schema|grammar|JSON|type"),
-        ({"guided": {"shape": "round"}}, "guided decoding by shape"),
-        ({"lora": "nobody"}, "--lora-modules"),
-        ({"temperature": 50.0}, "temperature"),
+        ({"guided": {"json": {"type": "nonsense"}}}, "invalid", "nonsense|schema|grammar|JSON|type"),
+        ({"guided": {"shape": "round"}}, "invalid", "guided decoding by shape"),
+        ({"lora": "nobody"}, "error", "--lora-modules"),
+        ({"temperature": 50.0}, "invalid", "temperature"),
     ],
     ids=["schema", "kind", "adapter", "range"],
 )
-def test_what_cannot_be_done_is_said_and_harms_nobody(lab: Lab, vllm: Vllm, params: dict[str, Any], why: str) -> None:
+def test_what_cannot_be_done_is_said_and_harms_nobody(
+    lab: Lab, vllm: Vllm, params: dict[str, Any], finish: str, why: str
+) -> None:
     good = ask(PROMPT, max_tokens=4)
     bad, fine = tokens(lab, vllm, ask("No", max_tokens=4, **params), good)
-    assert bad.finish == "error"
+    assert bad.finish == finish
     assert re.search(why, bad.detail), bad.detail
     assert fine.finish == "length"
 
@@ -260,23 +294,20 @@ def test_kv_events_tell_what_is_cached(lab: Lab, vllm: Vllm) -> None:
     lab.run(body())
 
 
-def test_wrong_arguments_are_refused_with_a_sentence(lab: Lab) -> None:
-    engine = lab.make("--no-such-flag", "3")
-    with pytest.raises(EngineUsageError, match="no-such-flag") as refused:
-        lab.start([engine])
-    assert "\n" not in str(refused.value)
+def test_wrong_arguments_are_refused_with_a_sentence(lab: Lab, refused: dict[str, Vllm]) -> None:
+    with pytest.raises(EngineUsageError, match="no-such-flag") as told:
+        lab.start([refused["flag"]])
+    assert "\n" not in str(told.value)
 
 
-def test_arguments_that_do_not_fit_the_model_are_refused_with_the_reason(lab: Lab) -> None:
-    engine = lab.make("--max-model-len", "1000000")
+def test_arguments_that_do_not_fit_the_model_are_refused_with_the_reason(lab: Lab, refused: dict[str, Vllm]) -> None:
     with pytest.raises(EngineUsageError, match=r"max_model_len|max_position_embeddings"):
-        lab.start([engine])
+        lab.start([refused["context"]])
 
 
-def test_a_folder_without_a_model_is_named(lab: Lab, tmp_path: Path) -> None:
-    engine = lab.make("--model", str(tmp_path))
-    with pytest.raises(EngineError, match=re.escape(str(tmp_path))):
-        lab.start([engine])
+def test_a_folder_without_a_model_is_named(lab: Lab, refused: dict[str, Vllm]) -> None:
+    with pytest.raises(EngineError, match=f"/{EMPTY}"):
+        lab.start([refused["folder"]])
 
 
 def test_the_end_of_the_engine_core_is_told_and_ends_all(lab: Lab, vllm: Vllm) -> None:

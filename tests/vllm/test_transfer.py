@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgpack
 import pytest
 from support import vllm_probe
+from support.ahead import Ahead, Place
 from support.engines import Result, sequence
 from support.vllm_engine import Lab, Vllm, needs_vllm, signal_group
 
@@ -41,25 +42,40 @@ def one_by_one(lab: Lab, role: str, node: str, epoch: int) -> Vllm:
     return lab.make(*args, "--worker-extension-cls", "support.vllm_probe.Probe", role=role, node=node, epoch=epoch)
 
 
-@pytest.fixture(scope="module")
-def probes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What the engines' connectors hold, by process group."""
-    folder = tmp_path_factory.mktemp("probes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(vllm_probe.FOLDER, str(folder))
-        patch.setenv("PYTHONPATH", str(Path(vllm_probe.__file__).parents[1]))
-        patch.setenv("UCX_TLS", "tcp,self")  # over shared memory the owner of what is read need not even run
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def pair(lab: Lab, probes: Path) -> Pair:
+def begun(place: Place) -> Pair:
     engines = Pair(
-        one_by_one(lab, "prefill", "aaaaaaaaaaaaaaaa", 11),
-        one_by_one(lab, "decode", "bbbbbbbbbbbbbbbb", 12),
+        one_by_one(place.lab, "prefill", "aaaaaaaaaaaaaaaa", 11),
+        one_by_one(place.lab, "decode", "bbbbbbbbbbbbbbbb", 12),
     )
-    lab.start(engines)
+    place.lab.begin(engines)
     return engines
+
+
+def another_begun(place: Place) -> Vllm:
+    engine = one_by_one(place.lab, "decode", "cccccccccccccccc", 13)
+    place.lab.begin([engine])
+    return engine
+
+
+AHEAD = {"pair": begun, "other": another_begun}
+
+
+@pytest.fixture(scope="module")
+def pair(lab: Lab, ahead: Ahead) -> Iterator[Pair]:
+    engines: Pair = ahead.begun("pair")
+    lab.start(engines)
+    ahead.loaded("pair")
+    yield engines
+    lab.end(engines)
+
+
+@pytest.fixture(scope="module")
+def other(lab: Lab, ahead: Ahead) -> Iterator[Vllm]:
+    """Another decode worker."""
+    engine: Vllm = ahead.begun("other")
+    lab.start([engine])
+    yield engine
+    lab.end([engine])
 
 
 async def nothing_open(probes: Path, *engines: Vllm) -> None:
@@ -226,11 +242,9 @@ def test_a_decode_worker_that_stood_still_computes_itself(lab: Lab, pair: Pair) 
 
 
 def test_a_decode_worker_that_dies_amid_a_pull_costs_the_blocks_no_longer_than_the_lease(
-    lab: Lab, pair: Pair, probes: Path
+    lab: Lab, pair: Pair, other: Vllm, probes: Path
 ) -> None:
     """The prefill worker serves on meanwhile, and another decode worker reads from it after that."""
-    other = one_by_one(lab, "decode", "cccccccccccccccc", 13)
-    lab.start([other])
     reader = Pair(pair.prefill, other)
 
     async def body() -> None:
