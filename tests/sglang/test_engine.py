@@ -37,7 +37,13 @@ def begun(place: Place) -> Sglang:
     return engine
 
 
-AHEAD = {"sglang": begun}
+def begun_in_vain(place: Place) -> Sglang:
+    engine = place.lab.make("--no-such-flag", "3")
+    place.lab.begin([engine])
+    return engine
+
+
+AHEAD = {"sglang": begun, "refused": begun_in_vain}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,14 @@ def sglang(lab: Lab, ahead: Ahead) -> Iterator[Sglang]:
     ahead.loaded("sglang")
     yield engine
     lab.end([engine])
+
+
+@pytest.fixture(scope="module")
+def refused(ahead: Ahead) -> Sglang:
+    """An engine that cannot start."""
+    engine: Sglang = ahead.begun("refused")
+    ahead.loaded("refused")
+    return engine
 
 
 def ask(prompt: str, **params: Any) -> Sequence:
@@ -184,11 +198,10 @@ def test_kv_events_tell_what_is_cached(lab: Lab, sglang: Sglang) -> None:
     lab.run(body())
 
 
-def test_wrong_arguments_are_refused_with_a_sentence(lab: Lab) -> None:
-    engine = lab.make("--no-such-flag", "3")
-    with pytest.raises(EngineUsageError, match="no-such-flag") as refused:
-        lab.start([engine])
-    assert "\n" not in str(refused.value)
+def test_wrong_arguments_are_refused_with_a_sentence(lab: Lab, refused: Sglang) -> None:
+    with pytest.raises(EngineUsageError, match="no-such-flag") as told:
+        lab.start([refused])
+    assert "\n" not in str(told.value)
 
 
 def test_the_end_of_a_scheduler_is_told_and_ends_all(lab: Lab, sglang: Sglang) -> None:
