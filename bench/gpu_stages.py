@@ -163,7 +163,7 @@ def routing(plan: Plan, servers: Servers) -> dict[str, Any]:
         "workers_used": len({turn["worker"] for turn in turns}),
         "first_turn_tokens": [turn["first"] for turn in turns],
         "second_turn_cached": [turn["cached"] for turn in turns],
-        "engine_counters": found,
+        **({"engine_counters": found} if plan.engine.counters else {}),
         "streams": {peer["name"]: peer["kv"]["stream"] for peer in peers if peer["engine"] == plan.engine.name},
     }
 
