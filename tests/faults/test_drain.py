@@ -243,6 +243,7 @@ def test_a_node_that_is_killed_while_it_drains(cluster: Cluster) -> None:
     assert stream.facts == {"workers": [victim.id, *nodes], "migrations": 1}
 
 
+@pytest.mark.alone
 def test_sigterm_drains_and_a_second_one_ends_at_once(cluster: Cluster) -> None:
     frontend = cluster.frontend("f")
     nodes = {node.id: node for node in (cluster.worker(f"w{i}", *ITL, seeds=[frontend]) for i in (1, 2))}

@@ -74,6 +74,7 @@ class Clients:
             writer.close()
 
 
+@pytest.mark.alone
 def test_a_flood_by_one_client_does_not_hold_up_another(cluster: Cluster) -> None:
     frontend = cluster.frontend("frontend")
     worker = cluster.worker("worker", "--", "--max-num-seqs", str(SLOTS), "--itl-ms", "5", seeds=[frontend])
