@@ -11,8 +11,6 @@ from support import foreign_node
 from support.nodes import Cluster, make_key, wait_for
 from support.pd import Asked, PdCluster, prompt, reference
 
-pytestmark = pytest.mark.alone
-
 PREFIX = 4000
 SLOW = ("--", "--prefill-tps", "2000", "--itl-ms", "1")
 """2 s for the prefix, to read it takes 20 ms."""
@@ -82,6 +80,7 @@ def test_it_is_read_where_that_is_faster(cluster: Cluster, tmp_path: Path, mover
     assert text == wanted(tmp_path, pair, SLOW)
 
 
+@pytest.mark.alone
 def test_it_is_computed_where_that_is_faster(cluster: Cluster, tmp_path: Path) -> None:
     pair = Pair(cluster, FAST, "tcp")
     pd = pair.pd
