@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -26,6 +27,8 @@ from p2pdyn.net.sockets import Sockets
 pytestmark = [needs_sglang, pytest.mark.timeout(400)]
 
 KEYS = count(1)
+BLOCK = 16
+"""Tokens of a KV block."""
 TIE = 1e-3
 """Two best logprobs nearer than this may change places between two ways to compute them."""
 PROMPT = "A prompt of more than three blocks of sixteen tokens each, so that there is something to cache. Indeed."
@@ -147,22 +150,55 @@ def test_what_cannot_be_done_is_said_and_harms_nobody(
     assert fine.finish == "length"
 
 
+@contextmanager
+def told_by(engine: Sglang) -> Iterator[tuple[list[KvEvent], EngineEvents]]:
+    """What SGLang's own publisher tells of its cache."""
+    assert engine.info is not None
+    told: list[KvEvent] = []
+
+    def take(rank: int, events: list[KvEvent]) -> None:
+        told.extend(events)
+        engine.changed.set()
+
+    publishers = [Publisher(*places, rank=rank) for rank, places in enumerate(engine.info.publishers)]
+    sockets = Sockets(Security.insecure())
+    try:
+        events = EngineEvents(sockets, publishers, engine.info.block_size, take)
+        yield told, events
+        events.close()
+    finally:
+        sockets.close()
+
+
+def computed(told: list[KvEvent], salt: str) -> int:
+    """Tokens of the full blocks that began with ``salt``."""
+    chain: set[int | None] = set()
+    tokens = 0
+    for event in told:
+        if isinstance(event, BlocksStored) and ((event.parent is None and event.salt == salt) or event.parent in chain):
+            chain.update(event.hashes)
+            tokens += len(event.tokens)
+    return tokens
+
+
 def test_an_abort_ends_a_sequence_within_a_step(lab: Lab, sglang: Sglang) -> None:
-    """As SGLang counts: its last load says that nothing runs, and what it computed meanwhile is a token or two."""
+    """As SGLang tells: nothing runs, and in its cache is what was computed until then, to the block."""
 
     async def body() -> None:
-        long = ask("Never mind", max_tokens=3000)
-        sglang.runner.submit([long])
-        await sglang.until(lambda: long.key in sglang.results and len(sglang.results[long.key].tokens) > 3)
-        await sglang.until(lambda: sglang.runner.load.active_requests == 1)
-        sglang.runner.abort([long.key])
-        seen = len(sglang.results[long.key].tokens)
-        steps = sglang.runner.steps
-        (next_one,) = await sglang.finished(ask("But this", max_tokens=2))
-        assert next_one.finish == "length"
-        assert sglang.runner.steps - steps < 50, "the next one has not waited for it"
-        await sglang.until(lambda: (sglang.runner.load.kv_used, sglang.runner.load.active_requests) == (0, 0))
-        assert len(sglang.results[long.key].tokens) == seen
+        with told_by(sglang) as (told, _):
+            long = ask(PROMPT, max_tokens=1500, cache_salt="aborted")
+            sglang.runner.submit([long])
+            await sglang.until(lambda: long.key in sglang.results and len(sglang.results[long.key].tokens) > 20)
+            sglang.runner.abort([long.key])
+            seen = len(sglang.results[long.key].tokens)
+            await sglang.until(
+                lambda: (
+                    (sglang.runner.load.kv_used, sglang.runner.load.active_requests) == (0, 0)
+                    and computed(told, "aborted") > len(PROMPT)
+                )
+            )
+            assert computed(told, "aborted") <= len(PROMPT) + seen + BLOCK
+            assert len(sglang.results[long.key].tokens) == seen
 
     lab.run(body())
 
@@ -171,29 +207,17 @@ def test_kv_events_tell_what_is_cached(lab: Lab, sglang: Sglang) -> None:
     text = "These blocks are told of when they are computed, by SGLang's own publisher on a local socket."
 
     async def body() -> None:
-        told: list[KvEvent] = []
+        with told_by(sglang) as (told, events):
 
-        def take(rank: int, events: list[KvEvent]) -> None:
-            told.extend(events)
-            sglang.changed.set()
+            def mine() -> list[BlocksStored]:
+                block = tuple(text.encode())[:16]
+                return [event for event in told if isinstance(event, BlocksStored) and event.tokens[:16] == block]
 
-        def mine() -> list[BlocksStored]:
-            block = tuple(text.encode())[:16]
-            return [event for event in told if isinstance(event, BlocksStored) and event.tokens[:16] == block]
-
-        assert sglang.info is not None
-        publishers = [Publisher(*places, rank=rank) for rank, places in enumerate(sglang.info.publishers)]
-        sockets = Sockets(Security.insecure())
-        try:
-            events = EngineEvents(sockets, publishers, sglang.info.block_size, take)
             await sglang.finished(ask(text, max_tokens=2, cache_salt="told"))
             await sglang.until(mine)
             assert (mine()[0].parent, mine()[0].salt) == (None, "told")
             await sglang.until(lambda: events.status()[0].state == "exact")
             assert (events.status()[0].lost, events.status()[0].dropped) == (0, {})
-            events.close()
-        finally:
-            sockets.close()
 
     lab.run(body())
 
