@@ -102,8 +102,8 @@ def corpus(start: int, count: int = 400) -> list[bytes]:
 
     collect()
     rng = random.Random(start)
-    for count in range(100):
-        changes = [Op(kind, DEVICE, array("Q", range(rng.randrange(1 + count)))) for kind in (REMOVED, STORED)]
+    for blocks in range(100):
+        changes = [Op(kind, DEVICE, array("Q", range(rng.randrange(1 + blocks)))) for kind in (REMOVED, STORED)]
         found.append(encode(KvBatch(WORKER, EPOCH, 0, 1, pack_ops([op for op in changes if op.hashes]))))
     return found
 

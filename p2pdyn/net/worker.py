@@ -22,7 +22,7 @@ from p2pdyn.core.disagg import PULL_BPS
 from p2pdyn.core.handed import HandedOver
 from p2pdyn.core.lease import QUARANTINED
 from p2pdyn.core.load_meter import LoadMeter
-from p2pdyn.core.served import Served
+from p2pdyn.core.served import Running, Served
 from p2pdyn.core.types import Address, Load, NodeId
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
@@ -185,7 +185,7 @@ class WorkerService:
         if self._served is not None:
             self._send_due(held_back=True)
             for running in self._served.all_failed():
-                self._send(running.connection, encode(Refused(running.rid, running.attempt, code, reason[:500])))
+                self._refuse(running.connection, running, code, reason)
 
     @property
     def patience_s(self) -> float:
@@ -256,13 +256,12 @@ class WorkerService:
 
     def _on_generate(self, connection: bytes, message: Generate) -> None:
         if self._served is None:
-            not_ready = Refused(message.rid, message.attempt, "model", "the worker's engine is not ready")
-            self._send(connection, encode(not_ready))
+            self._refuse(connection, message, "model", "the worker's engine is not ready")
             return
         try:
             params = decode_params(message.params)
         except WireError as error:
-            self._send(connection, encode(Refused(message.rid, message.attempt, "invalid", str(error)[:500])))
+            self._refuse(connection, message, "invalid", str(error))
             return
         sequence, refused, aborts = self._served.admit(connection, message, params, self._loop.time())
         if aborts:
@@ -357,7 +356,7 @@ class WorkerService:
         while served.refused:
             running, why = served.refused.pop()
             self._meter.gone(running.key)
-            self._send(running.connection, encode(Refused(running.rid, running.attempt, "invalid", why[:500])))
+            self._refuse(running.connection, running, "invalid", why)
         now = monotonic()
         self._meter.stepped(served.started, len(step.outputs), self.load.active_blocks, now, freed)
         served.started.clear()
@@ -392,6 +391,9 @@ class WorkerService:
         answer = Prefilled(running.rid, running.attempt, self._epoch, lease, blocks, held.cached, held.params)
         self._send(running.connection, encode(answer))
         self._load_events.settle()
+
+    def _refuse(self, connection: bytes, asked: Generate | Running, code: str, why: str) -> None:
+        self._send(connection, encode(Refused(asked.rid, asked.attempt, code, why[:500])))
 
     def _send_late(self) -> None:
         self._send_timer = None
