@@ -132,6 +132,10 @@ def _late(number: int, frame: FrameType | None) -> None:
     raise BenchError("the stage took longer than its limit")
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)  # servers are stopped on the way out
+
+
 def machine(given: argparse.Namespace, engine: Engine) -> dict[str, Any]:
     gpus: list[str] = []
     if not given.cpu and shutil.which("nvidia-smi"):
@@ -153,6 +157,7 @@ def main() -> int:
     names = given.only.split(",") if given.only else list(STAGES)
     if unknown := set(names) - set(STAGES):
         raise SystemExit(f"no such stage: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    signal.signal(signal.SIGTERM, _end)
     failed = 0
     with tempfile.TemporaryDirectory(prefix="p2pdyn-bench-", ignore_cleanup_errors=True) as temporary:
         made = plan(given, engine, given.scratch or Path(temporary))
