@@ -91,10 +91,10 @@ class NgramEngine:
     def submit(self, sequence: Sequence, now: float) -> None:
         length, wanted = sequence.prompt_len, sequence.params.max_tokens
         if not length:
-            self._instant.append(Output(sequence.key, (), "error", detail="the prompt is empty"))
+            self._instant.append(Output(sequence.key, (), "invalid", detail="the prompt is empty"))
         elif length >= self._context:
             detail = f"the prompt has {length} tokens, but the context is {self._context}: shorten it"
-            self._instant.append(Output(sequence.key, (), "error", detail=detail))
+            self._instant.append(Output(sequence.key, (), "invalid", detail=detail))
         elif len(sequence.tokens) >= length + wanted:  # an earlier attempt has produced all of it
             self._instant.append(Output(sequence.key, (), "length"))
         else:

@@ -227,7 +227,8 @@ class Engine(Protocol):
         """Load the model. Raises EngineError with a sentence and its mend."""
 
     def submit(self, sequence: Sequence, now: float) -> None:
-        """Queue a sequence. One that can never run (longer than the context) ends with finish "error"."""
+        """Queue a sequence. One that can never run ends with an :class:`Output`: finish "invalid" if no worker of the
+        model could run it (longer than the context), else "error"."""
 
     def abort(self, key: int, now: float) -> None:
         """Stop a sequence at once; it produces nothing more. Unknown keys are ignored. What is told as Held stays held,

@@ -79,14 +79,16 @@ class Unreadable(ValueError):
 
 
 def budget(sequence: Sequence, context: int) -> tuple[int, str, str]:
-    """(how many tokens it may still produce, finish, detail); the first is 0 when it has ended before it began."""
+    """(how many tokens it may still produce, finish, detail); the first is 0 when it has ended before it began.
+    ``context`` is the model card's, which all workers that are routed together share: a prompt beyond it is "invalid"
+    here as anywhere. What one worker's KV cache or batch is too small for is the engine's own to refuse."""
     length, wanted = len(sequence.tokens), sequence.params.max_tokens
     if not length:
-        return 0, "error", "the prompt is empty"
+        return 0, "invalid", "the prompt is empty"
     if sequence.hand_over:
-        return (1, "", "") if length < context else (0, "error", _too_long(length, context))
+        return (1, "", "") if length < context else (0, "invalid", _too_long(length, context))
     if sequence.prompt_len >= context:
-        return 0, "error", _too_long(sequence.prompt_len, context)
+        return 0, "invalid", _too_long(sequence.prompt_len, context)
     room = min(sequence.prompt_len + wanted, context) - length
     return (room, "", "") if room > 0 else (0, "length", "")
 

@@ -149,7 +149,7 @@ class SimEngine:
         end = min(sequence.prompt_len + params.max_tokens, self._context)
         if not total or sequence.prompt_len >= self._context:
             detail = f"the prompt has {sequence.prompt_len} tokens, but the context is {self._context}: shorten it"
-            self._instant.append(Output(sequence.key, (), "error", detail=detail if total else "the prompt is empty"))
+            self._instant.append(Output(sequence.key, (), "invalid", detail=detail if total else "the prompt is empty"))
             return
         if total >= end:
             self._instant.append(Output(sequence.key, (), "length"))

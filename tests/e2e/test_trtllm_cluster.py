@@ -107,8 +107,16 @@ def test_a_client_that_leaves_ends_its_request(trtllms: Trtllms, folder: Path) -
                 next(stream)
             stream.close()
         wait_for(lambda: trtllms.used() == 0, 15, "nothing is held")
+    assert trtllm_package.violations(folder) == []
+
+
+def test_what_no_worker_could_do_is_told_as_the_requests_fault(trtllms: Trtllms, folder: Path) -> None:
+    """By the endpoint where the card says so, else by the engine that generates."""
+    with trtllms.client() as client:
         with pytest.raises(openai.BadRequestError, match="seed"):
             ask(client, "x", temperature=1, seed=3)  # which no version that was read honours
+        with pytest.raises(openai.BadRequestError, match="at most one stop token"):
+            ask(client, PROMPTS[0], extra_body={"min_tokens": 3, "stop_token_ids": [300, 301]})
     assert trtllm_package.violations(folder) == []
 
 

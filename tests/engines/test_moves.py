@@ -432,13 +432,13 @@ def test_orders_for_unknown_keys_are_ignored(make_engine: MakeEngine) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 600])
-def test_a_hand_over_that_can_never_run_ends_with_an_error(make_engine: MakeEngine, length: int) -> None:
+def test_a_hand_over_that_no_worker_of_the_model_could_run_is_invalid(make_engine: MakeEngine, length: int) -> None:
     engine = make_engine()
     results: dict[int, Result] = {}
     engine.submit(replace(sequence(1, prompt(length)), hand_over=True), 0.0)
 
     assert moves.run(engine, results) == []
-    assert results[1].finish == "error"
+    assert results[1].finish == "invalid"
 
 
 def test_closing_gives_everything_back(make_engine: MakeEngine) -> None:

@@ -48,10 +48,10 @@ def test_another_worker_goes_on_identically(make_engine: MakeEngine, params: dic
 
 
 @pytest.mark.parametrize("length", [0, 32, 33])
-def test_what_can_never_run_ends_with_an_error(make_engine: MakeEngine, length: int) -> None:
+def test_what_no_worker_of_the_model_could_run_is_invalid(make_engine: MakeEngine, length: int) -> None:
     result = generate(make_engine(context=32), sequence(0, prompt(length), max_tokens=4))[0]
 
-    assert (result.tokens, result.finish) == ([], "error")
+    assert (result.tokens, result.finish) == ([], "invalid")
     assert "prompt" in result.detail
 
 

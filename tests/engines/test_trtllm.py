@@ -91,9 +91,27 @@ def test_options_are_passed_where_the_signature_has_them(start: Start) -> None:
         assert ("priority" in engine.info.features) == able
         asked = [request(words(20), max_tokens=3, priority=ours, cache_salt="s") for ours in (-7, 0, 7)]
         assert [answer.finish for answer in engine.ask(*asked)] == ["length"] * 3
-        (refused,) = engine.ask(request(words(20), min_p=0.2, temperature=1.0))
-        assert refused.finish == ("length" if able else "error")
-        assert able or "ignores min_p" in refused.detail
+        (answer,) = engine.ask(request(words(20), min_p=0.2, temperature=1.0))
+        assert answer.finish == ("length" if able else "error")
+
+
+def test_what_no_worker_of_the_model_could_do_is_invalid_and_the_rest_an_error(start: Start) -> None:
+    """What another version, or other arguments, can do is tried elsewhere."""
+    (engine,) = start(OLDEST, args=("--guided-decoding-backend=xgrammar", "--max-num-tokens=64"))
+    refused = [
+        (request(words(20), min_tokens=3, stop_token_ids=(300, 301)), "invalid", "at most one stop token"),
+        (request(words(20), guided={"shape": "round"}), "invalid", "guided decoding by shape"),
+        (request(words(20), guided={"json": {"type": "null"}, "regex": "a"}), "invalid", "Only one guide"),
+        (request(words(20), min_p=0.2, temperature=1.0), "error", "ignores min_p"),
+        (request(words(20), lora="bard"), "error", "--lora-modules"),
+        (request(words(65)), "error", "max_num_tokens"),
+    ]
+    *answers, fine = engine.ask(*(asked for asked, _, _ in refused), request(words(64), max_tokens=3))
+    for answer, (_, finish, why) in zip(answers, refused, strict=True):
+        assert (answer.tokens, answer.finish) == ([], finish)
+        assert why in answer.detail
+    assert len(fine.tokens) == 3
+    engine.nothing_is_used()
 
 
 def test_adapters_are_named_and_share_nothing(start: Start, tmp_path: Path) -> None:

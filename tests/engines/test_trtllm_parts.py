@@ -187,7 +187,7 @@ def test_min_tokens_counts_what_was_produced_and_holds_one_end_token_back(use: U
     assert made(use, OLDEST, min_tokens=6, ignore_eos=True, stop_token_ids=(9,)).end_id == 9
     nothing = made(use, OLDEST, min_tokens=6, ignore_eos=True)
     assert (nothing.min_tokens, nothing.end_id, nothing.ignore_eos) == (None, sampling.NO_TOKEN, True)
-    with pytest.raises(ValueError, match=r"min_tokens.*here are 2"):
+    with pytest.raises(sampling.Invalid, match=r"min_tokens.*here are 2"):
         made(use, OLDEST, min_tokens=6, stop_token_ids=(9,))
 
 
@@ -205,7 +205,7 @@ def test_guided_decoding_is_mapped_or_refused(use: Use) -> None:
     found = made(use, OLDEST, features=("guided",), guided={"choice": ["a.b", "c"]}).guided_decoding
     assert found.regex == r"(a\.b|c)"
     assert made(use, OLDEST, features=("guided",), guided={"json": {"x": 1}}).guided_decoding.json == {"x": 1}
-    with pytest.raises(ValueError, match="poem"):
+    with pytest.raises(sampling.Invalid, match="poem"):
         made(use, OLDEST, features=("guided",), guided={"poem": 1})
 
 

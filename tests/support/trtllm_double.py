@@ -64,7 +64,15 @@ def _data_class(name: str, parameters: str) -> type:
     for one, default in zip(named, [*missing, *defaults], strict=True):
         kept = dataclasses.field() if default is None else dataclasses.field(default=ast.literal_eval(default))
         fields.append((one.arg, Any, kept))
-    return dataclasses.make_dataclass(name, fields, kw_only=not arguments.args)
+    checks = {"__post_init__": _check_guides} if name == "SamplingParams" else {}
+    return dataclasses.make_dataclass(name, fields, kw_only=not arguments.args, namespace=checks)
+
+
+def _check_guides(params: Any) -> None:
+    """All that SamplingParams looks at of what the adapter gives it."""
+    guides = [] if params.guided_decoding is None else list(filter(None, vars(params.guided_decoding).values()))
+    if len(guides) > 1:
+        raise ValueError(f"Only one guide can be used for a request, but got {len(guides)}.")
 
 
 def _method(name: str, entry: dict[str, Any]) -> Callable[..., Any]:
@@ -152,8 +160,6 @@ class _Llm:
         self._used = True
         self._check(sampling_params)
         prompt = list(inputs["prompt_token_ids"])
-        if not named.get("disaggregated_params") and len(prompt) > self.args.max_num_tokens:
-            raise ValueError(f"The sum of prompt length ({len(prompt)}) should not exceed max_num_tokens")
         if not 0.0 <= named.get("priority", 0.5) <= 1.0:
             raise ValueError("priority must be a float in [0.0, 1.0]")
         result = _Result(self, prompt, sampling_params, named["streaming"])
@@ -161,6 +167,9 @@ class _Llm:
         salt, lora = named.get("cache_salt"), named["lora_request"]
         params = _params(sampling_params, salt or "", lora.lora_name if lora is not None else "")
         kind = disaggregated.request_type if disaggregated is not None else None
+        whole = kind != "generation_only" and not self.args.enable_chunked_prefill
+        if whole and len(prompt) > self.args.max_num_tokens:
+            raise ValueError(f"The sum of prompt length ({len(prompt)}) should not exceed max_num_tokens")
         if kind is not None and self._transceiver is None:
             raise ValueError("Disaggregated serving needs cache_transceiver_config")
         if kind == "context_only":

@@ -221,7 +221,7 @@ def test_prompts_that_do_not_fit_are_refused(lab: Lab, vllm: Vllm) -> None:
     empty, long, edge = tokens(
         lab, vllm, ask(""), ask("x" * CONTEXT), ask("x" * (CONTEXT - 3), max_tokens=50, temperature=0.0)
     )
-    assert (empty.finish, long.finish) == ("error", "error")
+    assert (empty.finish, long.finish) == ("invalid", "invalid")
     assert "shorten it" in long.detail
     assert (len(edge.tokens), edge.finish) == (3, "length")
 

@@ -48,8 +48,8 @@ def test_without_vllm_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
         (10, 5, 5, 0, "length"),
         (98, 0, 50, 2, ""),
         (98, 2, 50, 0, "length"),
-        (100, 0, 5, 0, "error"),
-        (0, 0, 5, 0, "error"),
+        (100, 0, 5, 0, "invalid"),
+        (0, 0, 5, 0, "invalid"),
     ],
 )
 def test_budget(prompt: int, output: int, max_tokens: int, room: int, finish: str) -> None:

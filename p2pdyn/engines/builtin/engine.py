@@ -115,7 +115,7 @@ class BuiltinEngine:
         elif max(sequence.tokens) >= self._vocab:
             wrong = f"token {max(sequence.tokens)} of the prompt is none of the model's {self._vocab}"
         if wrong:
-            self._instant.append(Output(sequence.key, (), "error", detail=wrong))
+            self._instant.append(Output(sequence.key, (), "invalid", detail=wrong))
         elif total >= end:
             self._instant.append(Output(sequence.key, (), "length"))
         else:

@@ -205,8 +205,8 @@ class Bridge:
         if job.over:
             return
         try:
-            job.result = self._llm.generate_async(**job.options)  # it validates before it submits
-        except Exception as error:
+            job.result = self._llm.generate_async(**job.options)
+        except Exception as error:  # a prompt beyond max_num_tokens; another worker may take more, or compute in chunks
             self._box.put(Output(job.key, (), "error", detail=one_line(error)))
             return
         try:
@@ -230,7 +230,7 @@ class Bridge:
                     self._take(job, answer)
 
     async def _failed(self, job: Job, error: Exception) -> None:
-        if type(error).__name__ != "RequestError":  # its one class for what concerns a single request
+        if type(error).__name__ != "RequestError":  # the one class of what ends requests alone, whoever is at fault
             self._box.die(f"TensorRT-LLM failed: {type(error).__name__}: {one_line(error)}")
         elif job.over:
             log.debug("an aborted request ended: %s", one_line(error))

@@ -159,7 +159,8 @@ class TrtllmEngine:
         try:
             job = self._job(sequence, room)
         except Exception as error:  # TensorRT-LLM's and pydantic's, of several unrelated classes
-            self._instant.append(Output(sequence.key, (), "error", detail=one_line(error)))
+            finish = "invalid" if isinstance(error, sampling.Invalid) else "error"
+            self._instant.append(Output(sequence.key, (), finish, detail=one_line(error)))
             return
         if isinstance(job, Output):
             self._instant.append(job)

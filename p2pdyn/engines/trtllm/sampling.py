@@ -8,6 +8,7 @@ from typing import Any
 
 from p2pdyn.core.types import SamplingParams
 from p2pdyn.engines.base import Output, Sequence
+from p2pdyn.engines.hosted import one_line
 from p2pdyn.engines.trtllm.versions import parameters
 
 FEATURES = ("logprobs", "min_tokens", "top_k")
@@ -19,6 +20,10 @@ NO_TOKEN = -1
 FINISHES = {"stop": "stop", "length": "length", "cancelled": "abort", "not_finished": "length", None: ""}
 
 
+class Invalid(ValueError):
+    """What no worker of this model could do: the client's request is at fault."""
+
+
 def stops_of(params: SamplingParams, eos: tuple[int, ...]) -> tuple[int, ...]:
     """The tokens that end a sequence, the model's own first."""
     return tuple(dict.fromkeys((*(() if params.ignore_eos else eos), *params.stop_token_ids)))
@@ -26,7 +31,7 @@ def stops_of(params: SamplingParams, eos: tuple[int, ...]) -> tuple[int, ...]:
 
 def to_trtllm(sequence: Sequence, room: int, eos: tuple[int, ...], features: Iterable[str]) -> Any:
     """TensorRT-LLM's SamplingParams. ``room`` is from :func:`p2pdyn.engines.hosted.budget`, ``eos`` the model's end
-    tokens. Raises ValueError for what it has not, or would ignore."""
+    tokens. Raises Invalid, or ValueError for what this version or this worker lacks, or would ignore."""
     import tensorrt_llm
 
     params, able = sequence.params, frozenset(features)
@@ -63,7 +68,10 @@ def to_trtllm(sequence: Sequence, room: int, eos: tuple[int, ...], features: Ite
     known = parameters(tensorrt_llm.SamplingParams)
     if known is not None and (unknown := sorted(wanted.keys() - known)):
         raise ValueError(f"this TensorRT-LLM has no {', '.join(unknown)}")
-    return tensorrt_llm.SamplingParams(**wanted)
+    try:
+        return tensorrt_llm.SamplingParams(**wanted)
+    except ValueError as error:  # it looks at nothing but the parameters themselves
+        raise Invalid(one_line(error)) from error
 
 
 def _held_back(sequence: Sequence, room: int, stops: tuple[int, ...]) -> dict[str, int]:
@@ -71,7 +79,7 @@ def _held_back(sequence: Sequence, room: int, stops: tuple[int, ...]) -> dict[st
     if not least or not stops:  # without an end id it would hold back the vocabulary's last token instead
         return {}
     if len(stops) > 1:
-        raise ValueError(
+        raise Invalid(
             f"min_tokens: TensorRT-LLM holds back one end token, and here are {len(stops)}: ask with ignore_eos and at "
             "most one stop token, or without min_tokens"
         )
@@ -91,7 +99,7 @@ def _guided(guided: dict[str, object]) -> Any:
 
     unknown = guided.keys() - set(GUIDED)
     if unknown:
-        raise ValueError(f"guided decoding by {', '.join(sorted(unknown))} is not known: use {', '.join(GUIDED)}")
+        raise Invalid(f"guided decoding by {', '.join(sorted(unknown))} is not known: use {', '.join(GUIDED)}")
     wanted = dict(guided)
     choice = wanted.pop("choice", None)
     if isinstance(choice, list | tuple):

@@ -72,7 +72,7 @@ def test_the_load_report_is_measured(engine: BuiltinEngine) -> None:
 
 def test_ids_outside_the_vocabulary_are_refused(engine: BuiltinEngine) -> None:
     result = generate(engine, sequence(0, [5, 259]))[0]
-    assert result.finish == "error"
+    assert result.finish == "invalid"
     assert "259" in result.detail
 
 

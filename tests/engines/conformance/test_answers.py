@@ -149,11 +149,11 @@ def test_the_context_ends_a_sequence(engine: Driven) -> None:
     assert (len(answer.tokens), answer.finish) == (3, "length")
 
 
-def test_what_can_never_run_ends_with_an_error(engine: Driven) -> None:
+def test_what_no_worker_of_the_model_could_run_is_invalid(engine: Driven) -> None:
     context = engine.info.context
     empty, full, longer = engine.ask(*(request(prompt(length), max_tokens=4) for length in (0, context, context + 1)))
     for answer in (empty, full, longer):
-        assert (answer.tokens, answer.finish) == ([], "error")
+        assert (answer.tokens, answer.finish) == ([], "invalid")
         assert "prompt" in answer.detail
     assert str(context) in longer.detail
 
