@@ -28,8 +28,15 @@ CALM_S = 3.0
 GROWTH_JUDGED_S = 300.0
 """Faults for less than this: growth of memory is reported, and plays no part in ``ok``."""
 PROMISES = (
-    *("wrong", "lost", "unanswered", "not_at_rest_before", "not_at_rest_after", "ended", "findings"),
-    *("descriptors_leaked", "memory_leaked"),
+    "wrong",
+    "lost",
+    "unanswered",
+    "not_at_rest_before",
+    "not_at_rest_after",
+    "ended",
+    "findings",
+    "descriptors_leaked",
+    "memory_leaked",
 )
 """What must be empty in the report."""
 ANCHORS = (FRONTENDS[0], WORKERS[0])
