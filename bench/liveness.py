@@ -49,7 +49,7 @@ def run(peers: int, seconds: float, burners: int) -> dict[str, object]:
             first = cluster.frontend("p0")
             for number in range(1, peers):
                 cluster.worker(f"p{number}", seeds=[first])
-            everybody = lambda: len(first.peers(*cluster.key_args())["peers"]) == peers  # noqa: E731
+            everybody = lambda: len(first.peers(cluster.key)["peers"]) == peers  # noqa: E731
             wait_for(everybody, 30, "all peers joined", every=0.5)
             settled = [len(node.errors) for node in cluster.nodes]
             descriptors = [psutil.Process(node.process.pid).num_fds() for node in cluster.nodes]

@@ -196,7 +196,7 @@ def measure(policy: str, arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _ready(cluster: Cluster, front: NodeProcess) -> bool:
-    peers = front.peers(*cluster.key_args())["peers"]
+    peers = front.peers(cluster.key)["peers"]
     return sum(peer["state"] == "ready" for peer in peers) == len(cluster.nodes)
 
 

@@ -55,7 +55,7 @@ class Supervised:
         return list(psutil.Process(self.node.process.pid).children(recursive=True))
 
     def peers(self) -> dict[str, Any]:
-        report = self.node.peers("--cluster-key", str(self.key))
+        report = self.node.peers(self.key)
         return {peer["name"]: peer for peer in report["peers"]}
 
 

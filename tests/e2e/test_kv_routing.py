@@ -60,7 +60,7 @@ def explain(cluster: Cluster, node: NodeProcess, prompt: str, *more: str) -> dic
 
 def streams(cluster: Cluster, node: NodeProcess) -> dict[str, dict[str, Any]]:
     """By worker id, as ``node`` sees them."""
-    peers = node.peers(*cluster.key_args())["peers"]
+    peers = node.peers(cluster.key)["peers"]
     return {peer["id"]: peer["kv"] for peer in peers if peer["role"] != "frontend"}
 
 

@@ -31,7 +31,7 @@ def client(frontend: NodeProcess) -> openai.OpenAI:
 
 
 def ready_workers(frontend: NodeProcess, cluster: Cluster) -> list[dict[str, Any]]:
-    report = frontend.peers(*cluster.key_args())
+    report = frontend.peers(cluster.key)
     return [peer for peer in report["peers"] if peer["state"] == "ready" and peer["role"] != "frontend"]
 
 
@@ -177,7 +177,7 @@ def test_workers_of_unlike_weights_are_not_routed_together(cluster: Cluster) -> 
     ]
 
     def odd() -> dict[str, str]:
-        peers = frontend.peers(*cluster.key_args())["peers"]
+        peers = frontend.peers(cluster.key)["peers"]
         return {peer["id"]: peer["detail"] for peer in peers if peer["state"] == "incompatible"}
 
     wait_for(lambda: odd().keys() == {other.id for other in others}, 10, lambda: f"both incompatible: {odd()}")

@@ -47,7 +47,7 @@ class Pair:
         assert busy.answer()
 
     def _known(self) -> bool:
-        report = self.pd.frontend.peers(*self.pd.cluster.key_args())
+        report = self.pd.frontend.peers(self.pd.cluster.key)
         return sum(peer["kv"]["stream"] == "EXACT" for peer in report["peers"]) == 2
 
     def busy(self, tokens: int) -> Asked:

@@ -93,7 +93,7 @@ def test_no_secret_is_told_anywhere(secret: Secret) -> None:
     secret.frontend.signal(signal.SIGHUP)
     wait_for(lambda: secret.frontend.stderr.count("not read again") == 2, 10, "both files are refused")
     secret.key.write_text(good)
-    told += [str(secret.frontend.peers("--cluster-key", str(secret.key)))]
+    told += [str(secret.frontend.peers(secret.key))]
     for command in (["peers", "--at", secret.frontend.mesh], ["peers", "--at", secret.frontend.mesh, "--json"]):
         done = subprocess.run(
             [sys.executable, "-m", "p2pdyn", *command, "--cluster-key", str(secret.key)],

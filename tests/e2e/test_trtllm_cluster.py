@@ -39,7 +39,7 @@ class Trtllms:
         return self.cluster.start(role, *flags, engine="trtllm", seeds=[self.frontend])
 
     def workers(self) -> list[dict[str, Any]]:
-        peers = self.frontend.peers(*self.cluster.key_args())["peers"]
+        peers = self.frontend.peers(self.cluster.key)["peers"]
         return [peer for peer in peers if peer["engine"] == "trtllm"]
 
     def client(self) -> openai.OpenAI:

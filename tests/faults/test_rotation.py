@@ -156,7 +156,7 @@ def test_a_rotation_by_signal_under_load_fails_no_request(cluster: Cluster, tmp_
     states = {name: [p["epoch"] for p in rotation.report(name)["peers"]] for name in rotation.nodes}
     assert len({tuple(sorted(epochs)) for epochs in states.values()}) == 1
     with pytest.raises(AssertionError, match="hung up on this peer's cluster key"):
-        rotation.frontend.peers("--cluster-key", str(old))
+        rotation.frontend.peers(old)
 
 
 def test_a_rotation_by_restarts_of_the_workers_fails_no_request(cluster: Cluster, tmp_path: Path) -> None:
@@ -192,6 +192,6 @@ def test_a_key_file_that_cannot_be_used_changes_nothing(cluster: Cluster, tmp_pa
         wait_for(lambda why=why: why in frontend.stderr, 10, f"the node says {why}")
     cluster.key.write_bytes(good)
     cluster.key.chmod(0o600)
-    assert [peer["state"] for peer in frontend.peers(*cluster.key_args())["peers"]] == ["ready"]
+    assert [peer["state"] for peer in frontend.peers(cluster.key)["peers"]] == ["ready"]
     assert good.split()[-1].decode() not in frontend.stderr
     assert Security.load(cluster.key).keys[0].secret.decode() not in frontend.stderr

@@ -120,13 +120,13 @@ def all_kinds(frontend: NodeProcess, meanwhile: Callable[[list[Answer]], None] |
 
 
 def links_up(frontend: NodeProcess, cluster: Cluster) -> set[str]:
-    peers = frontend.peers(*cluster.key_args())["peers"]
+    peers = frontend.peers(cluster.key)["peers"]
     return {peer["id"] for peer in peers if peer["state"] == "ready" and peer["role"] != "frontend"}
 
 
 def load_of(node: NodeProcess, cluster: Cluster) -> dict[str, Any]:
     """As the worker says itself."""
-    found = next(peer["load"] for peer in node.peers(*cluster.key_args())["peers"] if peer["id"] == node.id)
+    found = next(peer["load"] for peer in node.peers(cluster.key)["peers"] if peer["id"] == node.id)
     assert isinstance(found, dict)
     return found
 

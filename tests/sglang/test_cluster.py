@@ -126,7 +126,7 @@ def explained(sglangs: Sglangs, messages: list[dict[str, str]]) -> dict[str, int
 
 
 def test_peers_show_engine_and_version(pool: Sglangs) -> None:
-    shown = [peer for peer in pool.frontend.peers(*pool.cluster.key_args())["peers"] if peer["role"] != "frontend"]
+    shown = [peer for peer in pool.frontend.peers(pool.cluster.key)["peers"] if peer["role"] != "frontend"]
     assert {peer["engine"] for peer in shown} == {"sglang"}
 
 

@@ -172,7 +172,7 @@ class Range:
         self.target = Target(host, int(port), ports, Security.load(cluster.key).keys[0], scale)
 
     def whole(self) -> bool:
-        report = self.frontend.peers(*self._cluster.key_args())
+        report = self.frontend.peers(self._cluster.key)
         return [peer["state"] for peer in report["peers"]] == ["ready"] * 3
 
     def held(self) -> list[tuple[float, int]]:

@@ -107,10 +107,10 @@ class NodeProcess:
         assert self.ready is not None
         return self.ready["http"]
 
-    def peers(self, *args: str) -> dict[str, Any]:
-        """What `p2pdyn peers --json ARGS` says of this node; AssertionError without an answer. ``args`` are empty or
-        ``--cluster-key FILE``. That command itself takes longer to start than its question takes."""
-        return ask_peers(self.mesh, args[1] if args else None)
+    def peers(self, key: Path | None = None) -> dict[str, Any]:
+        """What `p2pdyn peers --json` says of this node, asked with the cluster key in ``key``; AssertionError without
+        an answer. That command itself takes longer to start than its question takes."""
+        return ask_peers(self.mesh, key)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -138,7 +138,7 @@ class NodeProcess:
         return self.process.returncode
 
 
-def ask_peers(mesh: str, key: Path | str | None) -> dict[str, Any]:
+def ask_peers(mesh: str, key: Path | None) -> dict[str, Any]:
     """The cluster as the node at ``mesh`` sees it; AssertionError without an answer."""
 
     async def call() -> dict[str, Any]:

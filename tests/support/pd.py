@@ -79,7 +79,7 @@ class PdCluster:
                 wait_for(
                     lambda w=worker: sum(self.transfers(w)["owners"].values()) == owners, 15, "the workers have met"
                 )
-        peers = lambda: self.frontend.peers(*self.cluster.key_args())["peers"]  # noqa: E731
+        peers = lambda: self.frontend.peers(self.cluster.key)["peers"]  # noqa: E731
         wait_for(
             lambda: sum(peer["state"] == "ready" for peer in peers()) == len(self.workers) + 1, 10, "all seen as ready"
         )
