@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from support import tiny_llama
 from support.vllm_engine import Lab
 
 
@@ -18,7 +19,6 @@ from support.vllm_engine import Lab
 class Place:
     """What groups of engines begin from. ``ends`` runs when all tests are over."""
 
-    model: Path
     folders: pytest.TempPathFactory
     lab: Lab
     ends: ExitStack = field(default_factory=ExitStack)
@@ -55,3 +55,19 @@ class Ahead:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._place.ends.close()
+
+
+# ---- fixtures for a conftest to import, beside the ``lab`` of its own engine
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model for all."""
+    return tiny_llama.make(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def ahead(request: pytest.FixtureRequest, lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ahead]:
+    """Of all tests of the session that use this ``lab``."""
+    with Ahead(request.session.items, Place(tmp_path_factory, lab)) as made:
+        yield made

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support.vllm_engine import Lab, Vllm, installed
+from support.vllm_engine import START_S, Vllm, installed
 
 Sglang = Vllm
 """The driven engine is the same; only what it drives is not."""
@@ -28,8 +28,6 @@ ENVIRONMENT = {
     "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "5",
 }
 ARGS = ("--cpu-shim", "--dtype", "float32", "--max-running-requests", "4", "--max-total-tokens", "16384")
-START_S = 280.0
-"""Two that import SGLang, each in three processes, on two busy cores."""
 
 needs_sglang = pytest.mark.skipif(not installed("sglang"), reason="SGLang is not installed: tox -e sglang")
 
@@ -38,10 +36,6 @@ def prompt(length: int) -> list[int]:
     """Random bytes, the same each time."""
     rng = random.Random(length)
     return [rng.randrange(256) for _ in range(length)]
-
-
-def make_lab(folder: Path, model: Path, *args: str) -> Lab:
-    return Lab(folder, model, "sglang", (*ARGS, *args))
 
 
 @dataclass(frozen=True)

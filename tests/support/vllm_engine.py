@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import pytest
@@ -33,7 +34,7 @@ ENVIRONMENT = {
 ARGS = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "4")
 WAIT_S = 60.0
 START_S = 280.0
-"""Loading imports vLLM in two processes one after the other."""
+"""Loading imports vLLM in two processes one after the other; SGLang in three, and two such engines at a time."""
 
 
 def installed(*distributions: str) -> bool:
@@ -170,7 +171,10 @@ class Lab:
                 engine.starting.cancel()
             self.run(engine.runner.close())
 
-    def close(self) -> None:
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.end(self.engines)
         self._loop.close()
 

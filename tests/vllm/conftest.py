@@ -1,19 +1,18 @@
-"""One tiny model for all, and engines that load ahead of their tests."""
+"""vLLM engines for all tests of this folder, and what they run in."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
-from support import tiny_llama, vllm_probe
-from support.ahead import Ahead, Place
+from support import vllm_probe
+from support.ahead import ahead, tiny
 from support.vllm_engine import ENVIRONMENT, Lab
 
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama.make(tmp_path_factory.mktemp("models") / "tiny")
+__all__ = ["ahead", "tiny"]
 
 
 @pytest.fixture(scope="session")
@@ -23,26 +22,12 @@ def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(probes: Path) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        patch.setenv(vllm_probe.FOLDER, str(probes))
-        patch.setenv("PYTHONPATH", str(Path(vllm_probe.__file__).parents[1]))
-        patch.setenv("UCX_TLS", "tcp,self")  # over shared memory the owner of what is read need not even run
-        yield
-
-
-@pytest.fixture(scope="session")
-def lab(tiny: Path, environment: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    made = Lab(tmp_path_factory.mktemp("lab"), tiny)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="session")
-def ahead(
-    request: pytest.FixtureRequest, tiny: Path, lab: Lab, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Ahead]:
-    with Ahead(request.session.items, Place(tiny, tmp_path_factory, lab)) as made:
+def lab(tiny: Path, probes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    environment = {
+        **ENVIRONMENT,
+        vllm_probe.FOLDER: str(probes),
+        "PYTHONPATH": str(Path(vllm_probe.__file__).parents[1]),
+        "UCX_TLS": "tcp,self",  # over shared memory the owner of what is read need not even run
+    }
+    with patch.dict(os.environ, environment), Lab(tmp_path_factory.mktemp("lab"), tiny) as made:
         yield made
