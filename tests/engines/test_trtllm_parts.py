@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from p2pdyn.engines.base import (
 )
 from p2pdyn.engines.trtllm import arguments, handoff, sampling, strays, versions
 from p2pdyn.engines.trtllm.events import Events
+from p2pdyn.engines.trtllm.polling import Poller
+from p2pdyn.engines.trtllm.stats import Stats
 
 Use = Callable[[str], Any]
 
@@ -475,6 +478,25 @@ def test_whatever_is_told_a_reader_can_follow(changes: list[tuple[str, int | Non
         for event in told:  # a mirror wants to know of one tier alone
             mirror.apply([event])
         assert len(mirror.blocks) == len(stream.events)
+
+
+# ---- polling
+
+
+def test_looks_that_fail_are_told_once_and_cost_what_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    class Closed:
+        def get_stats_async(self, timeout: float) -> Any:
+            raise RuntimeError("the queue is closed")
+
+    stream = Stream()
+    stream.read(stored(None, block(7, FULL)))
+    poller = Poller(Closed(), Stats(), stream.events)
+
+    async def looks() -> list[tuple[bool, list[KvEvent]]]:
+        return [await poller.look() for _ in range(3)]
+
+    assert asyncio.run(looks()) == [(False, [BlocksCleared()]), (False, []), (False, [])]
+    assert caplog.text.count("the queue is closed") == 1
 
 
 # ---- strays

@@ -28,19 +28,22 @@ class Poller:
         self._llm = llm
         self._stats = stats
         self._events = events
+        self._trouble = ""
+        """Why the last look failed."""
 
     async def look(self) -> tuple[bool, list[KvEvent]]:
-        """(whether there was another iteration, KV events). Whatever goes wrong is logged, and costs what is known of
-        the cache."""
+        """(whether there was another iteration, KV events). Whatever goes wrong is logged, once as long as it lasts,
+        and costs what is known of the cache."""
         try:
             async with asyncio.timeout(CALL_S):
-                iterations = await self._taken("get_stats")
-                told = [] if self._events is None else await self._taken("get_kv_cache_events")
+                iterations = await _taken(self._llm.get_stats_async(timeout=0.0))
+                told = [] if self._events is None else await _taken(self._llm.get_kv_cache_events_async(timeout=0.0))
         except Exception as error:
-            log.warning("TensorRT-LLM's events and statistics cannot be read: %s", one_line(error))
-            self.found = False
+            if (trouble := one_line(error)) != self._trouble:
+                log.warning("TensorRT-LLM's events and statistics cannot be read: %s", trouble)
+            self.found, self._trouble = False, trouble
             return False, [] if self._events is None else self._events.forget()
-        self.found = bool(iterations or told)
+        self.found, self._trouble = bool(iterations or told), ""
         stepped = [self._stats.take(one) for one in iterations]
         return any(stepped), [] if self._events is None else self._read(self._events, told)
 
@@ -51,22 +54,19 @@ class Poller:
         events.problems.clear()
         return read
 
-    async def _taken(self, what: str) -> list[dict[str, Any]]:
-        """What there is now of an iterable of TensorRT-LLM's. It says in three ways that it is empty, and stays so
-        until it is told otherwise, or another prompt comes."""
-        polled = getattr(self._llm, f"{what}_async", None)
-        if polled is None:
-            return list(await asyncio.to_thread(getattr(self._llm, what), timeout=0.0))
-        results = polled(timeout=0.0)
-        if (again := getattr(results, "mark_undone", None)) is not None:
-            again()
-        found: list[dict[str, Any]] = []
-        with suppress(TimeoutError, asyncio.QueueEmpty):
-            async for one in results:
-                found.append(one)
-                if len(found) >= AT_ONCE:
-                    break
-        return found
+
+async def _taken(results: Any) -> list[dict[str, Any]]:
+    """What there is now of an iterable of TensorRT-LLM's. It says in three ways that it is empty, and stays so until it
+    is told otherwise, or another prompt comes."""
+    if (again := getattr(results, "mark_undone", None)) is not None:
+        again()
+    found: list[dict[str, Any]] = []
+    with suppress(TimeoutError, asyncio.QueueEmpty):
+        async for one in results:
+            found.append(one)
+            if len(found) >= AT_ONCE:
+                break
+    return found
 
 
 async def ended(llm: Any) -> str:
