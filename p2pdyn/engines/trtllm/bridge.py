@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from p2pdyn.engines.base import Held, KvEvent, Output
@@ -44,8 +44,9 @@ PULLED_S = TRANSFER_TIMEOUT_MS / 1000
 
 @dataclass(slots=True)
 class Job:
-    """One sequence under way. ``options`` are for generate_async; ``alone`` those for computing all of it here, if the
-    other worker's cache cannot be had. ``told`` tokens were told of ``room``."""
+    """One sequence under way. ``options`` are for generate_async, ``room`` is how many tokens it may produce, and
+    ``told`` how many of them were put out; ``stops`` are the tokens that end it, of which TensorRT-LLM may take ``end``
+    away; ``alternatives`` is how many logprobs are asked for."""
 
     key: int
     options: dict[str, Any]
@@ -56,17 +57,13 @@ class Job:
     hand_over: bool = False
     cached: int | None = None
     """Prompt tokens that were cached where it was prefilled."""
-    alone: dict[str, Any] = field(default_factory=dict)
+    alone: dict[str, Any] | None = None
+    """While another worker's blocks are being written here: the options for computing all of it if they do not come."""
     told: int = 0
     result: Any = None
     limit: asyncio.Timeout | None = None
     over: bool = False
     """Its end was told, or nobody wants more."""
-
-    @property
-    def pulling(self) -> bool:
-        """The other worker's blocks are being written here."""
-        return bool(self.alone) and not self.told
 
 
 class Bridge:
@@ -74,7 +71,6 @@ class Bridge:
 
     def __init__(self, llm: Any, stats: Stats, events: Events | None, box: Postbox) -> None:
         self.kv: deque[KvEvent] = deque()
-        self.busy = False
         self._llm = llm
         self._stats = stats
         self._poller = Poller(llm, stats, events)
@@ -96,6 +92,11 @@ class Bridge:
         self._started.wait()
         if self._failure is not None:
             raise self._failure
+
+    @property
+    def busy(self) -> bool:
+        """Something runs, even if nobody wants it any more."""
+        return bool(self._jobs)
 
     def submit(self, job: Job) -> None:
         self._loop.call_soon_threadsafe(self._begin, job)
@@ -133,6 +134,7 @@ class Bridge:
             await self._stop.wait()
         for task in self._tasks:
             task.cancel()
+        # A daemon: a shutdown that hangs must not keep this process, whose group is killed if need be.
         end = threading.Thread(target=self._llm.shutdown, name="trtllm-end", daemon=True)
         end.start()
         await asyncio.to_thread(end.join, CLOSE_S)
@@ -162,7 +164,6 @@ class Bridge:
 
     def _begin(self, job: Job) -> None:
         self._jobs[job.key] = job
-        self.busy = True
         task = asyncio.create_task(self._serve(job))
         self._keep(task)
         task.add_done_callback(lambda _: self._ended(job))
@@ -171,8 +172,7 @@ class Bridge:
         if self._jobs.get(job.key) is job:
             del self._jobs[job.key]
         if not self._jobs:
-            self.busy, self._box.moved = False, True
-            self._box.wake_soon()
+            self._box.tell_moved()  # for a last load report, as no iteration follows
 
     def _cancel(self, key: int) -> None:
         job = self._jobs.get(key)
@@ -185,8 +185,8 @@ class Bridge:
     def _finish(self, job: Job) -> None:
         """Nobody wants more of it, but it has to end."""
         if job.limit is not None:
-            job.limit.reschedule(self._loop.time() + (PULLED_S if job.pulling else 0.0) + END_S)
-        if not job.pulling:
+            job.limit.reschedule(self._loop.time() + (PULLED_S if job.alone else 0.0) + END_S)
+        if not job.alone:
             self._abort(job)
 
     def _abort(self, job: Job) -> None:
@@ -218,14 +218,12 @@ class Bridge:
 
     async def _read(self, job: Job) -> None:
         """Until its last answer. Raises TimeoutError if that does not come although nobody wants more."""
-        pulling = job.pulling
         async with asyncio.timeout(None) as job.limit:
-            if job.over:
-                self._finish(job)
             async for answer in job.result:
-                if job.over and pulling:
-                    self._abort(job)  # which had to wait for this
-                pulling = False
+                if job.alone:
+                    job.alone = None  # the other worker's blocks are here
+                    if job.over:
+                        self._abort(job)  # which had to wait for this
                 if not job.over:
                     self._take(job, answer)
 
@@ -234,9 +232,9 @@ class Bridge:
             self._box.die(f"TensorRT-LLM failed: {type(error).__name__}: {one_line(error)}")
         elif job.over:
             log.debug("an aborted request ended: %s", one_line(error))
-        elif job.pulling:
+        elif job.alone:
             log.warning("blocks of another worker did not come, computing them here: %s", one_line(error))
-            job.options, job.alone, job.cached = job.alone, {}, None
+            job.options, job.alone, job.cached = job.alone, None, None
             await self._serve(job)
         else:
             self._box.put(Output(job.key, (), "error", detail=one_line(error)))
@@ -293,8 +291,9 @@ class Bridge:
     async def _poll(self) -> None:
         stepped, events = await self._poller.look()
         self.kv.extend(events)
-        self._box.moved = self._box.moved or (stepped and bool(self._jobs))
-        if events or self._box.moved:
+        if stepped and self._jobs:
+            self._box.tell_moved()
+        elif events:
             self._box.wake_soon()
 
     async def _watch(self) -> None:
