@@ -27,12 +27,15 @@ class Arguments:
 
     def get(self, dotted: str, default: Any = None) -> Any:
         """``a.b`` of the keyword arguments."""
-        found: Any = self.llm
-        for name in dotted.split("."):
-            found = found.get(name) if isinstance(found, Mapping) else getattr(found, name, None)
-            if found is None:
-                return default
-        return found
+        value = found(self.llm, dotted)
+        return default if value is None else value
+
+
+def found(settings: Any, dotted: str) -> Any:
+    """``a.b`` of maps and objects within each other; None where it is not there."""
+    for name in dotted.split("."):
+        settings = settings.get(name) if isinstance(settings, Mapping) else getattr(settings, name, None)
+    return settings
 
 
 def environment(options: EngineOptions) -> None:

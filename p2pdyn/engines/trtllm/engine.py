@@ -75,7 +75,9 @@ class TrtllmEngine:
         llm = _made(parsed)
         progress(0.9, "answering a first prompt")
         events = self._start(llm, parsed)
-        self._features = self._able(llm, version, parsed)
+        self._takes = versions.parameters(llm.generate_async)
+        self._traced = bool(parsed.get("otlp_traces_endpoint"))
+        self._features = self._able(version, parsed)
         card = self._learn(llm, parsed, folder)
         progress(1.0, "ready")
         moves = parsed.get("cache_transceiver_config.backend") and self._options.role in arguments.ROLES
@@ -115,10 +117,8 @@ class TrtllmEngine:
         self._blocks = self._stats.blocks or (events.capacity if events is not None else 0)
         return events
 
-    def _able(self, llm: Any, version: str, parsed: arguments.Arguments) -> tuple[str, ...]:
+    def _able(self, version: str, parsed: arguments.Arguments) -> tuple[str, ...]:
         """What is honoured, by version, arguments and signatures."""
-        self._takes = versions.parameters(llm.generate_async)
-        self._traced = bool(parsed.get("otlp_traces_endpoint"))
         features = [*sampling.FEATURES, *versions.honoured(version, parsed.llm)]
         if parsed.get("guided_decoding_backend"):
             features.append("guided")
@@ -186,11 +186,11 @@ class TrtllmEngine:
         elif sequence.remote:
             found = handoff.decode(sequence.remote)
             if handoff.ENDED in found:
-                return Output(sequence.key, tuple(found[handoff.ENDED]), "stop", int(found.get("cached", 0)))
+                return Output(sequence.key, tuple(found[handoff.ENDED]), "stop", int(found.get(handoff.CACHED, 0)))
             if params.logprobs is None or handoff.carries_logprobs():  # else all of it is computed here
                 job.alone = dict(options)
                 job.options = {**options, "disaggregated_params": handoff.generation_only(found)}
-                job.cached = int(found.get("cached", 0))
+                job.cached = int(found.get(handoff.CACHED, 0))
         return job
 
     def _optional(self, sequence: Sequence, options: dict[str, Any]) -> None:
@@ -283,10 +283,7 @@ def _made(parsed: arguments.Arguments) -> Any:
 
 def _setting(llm: Any, parsed: arguments.Arguments, dotted: str, default: Any) -> Any:
     """As TensorRT-LLM resolved it, else as it was given."""
-    found = getattr(llm, "args", None)
-    for name in dotted.split("."):
-        found = found.get(name) if isinstance(found, dict) else getattr(found, name, None)
-    return found or parsed.get(dotted, default)
+    return arguments.found(getattr(llm, "args", None), dotted) or parsed.get(dotted, default)
 
 
 def _ways(llm: Any, parsed: arguments.Arguments) -> tuple[object, ...]:

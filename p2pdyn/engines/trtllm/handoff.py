@@ -21,6 +21,8 @@ MAX_PARAMS = 4 * 2**20
 """Bytes."""
 ENDED = "ended"
 """In place of where the cache is: the first token was the last one, so nothing is to be fetched."""
+CACHED = "cached"
+"""Beside either: how many prompt tokens were cached there."""
 LOGPROB = "logprob"
 BAD = "what the prefill worker said of its blocks cannot be read"
 
@@ -39,7 +41,7 @@ def request_id(number: int) -> int | None:
         return None
     if "process_id" in inspect.signature(make).parameters:
         return int(make(number >> 6, number & 63))
-    return int(make(number % 1021))
+    return int(make(number >> 4))
 
 
 def context_only(number: int) -> Any:
@@ -59,7 +61,7 @@ def held(key: int, answer: Any, stops: frozenset[int], end: int) -> Held | Outpu
     cached = int(getattr(answer, "cached_tokens", 0) or 0)
     if completion.finish_reason == "stop":
         tokens, _ = new_tokens(completion, 0, stops, end)
-        return Held(key, cached=cached, params=_pack({ENDED: list(tokens), "cached": cached}))
+        return Held(key, cached=cached, params=_pack({ENDED: list(tokens), CACHED: cached}))
     params = completion.disaggregated_params
     if params is None or not params.opaque_state:
         return Output(
@@ -67,7 +69,7 @@ def held(key: int, answer: Any, stops: frozenset[int], end: int) -> Held | Outpu
         )
     found = {one.name: getattr(params, one.name) for one in fields(params)}
     packed = {name: _plain(value) for name, value in found.items() if value is not None and name != "request_type"}
-    return Held(key, cached=cached, params=_pack({**packed, "cached": cached}))
+    return Held(key, cached=cached, params=_pack({**packed, CACHED: cached}))
 
 
 def decode(packed: bytes) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def generation_only(found: dict[str, Any]) -> Any:
     """The parameters of the request that fetches the cache, from :func:`decode`. Raises ValueError."""
     from tensorrt_llm.llmapi import DisaggregatedParams
 
-    values = {name: value for name, value in found.items() if name != "cached"}
+    values = {name: value for name, value in found.items() if name != CACHED}
     unknown = [name for name in values if not takes(DisaggregatedParams, name)]
     if unknown:
         raise ValueError(f"the prefill worker's TensorRT-LLM tells {', '.join(unknown)}, which this one does not know")
@@ -111,7 +113,7 @@ def _pack(found: dict[str, Any]) -> bytes:
 def _plain(value: Any) -> Any:
     """``value`` in msgpack's types; maps and logprobs are marked. Raises ValueError for what has no such form."""
     if value is None or isinstance(value, bool | int | float | str | bytes):
-        return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        return value
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, dict):

@@ -17,7 +17,16 @@ GUIDED = ("json", "regex", "grammar", "choice")
 SEED_MASK = 2**63 - 1
 NO_TOKEN = -1
 """TensorRT-LLM's end id of a request that no token ends."""
-FINISHES = {"stop": "stop", "length": "length", "cancelled": "abort", "not_finished": "length", None: ""}
+FINISHES = {"stop": "stop", "length": "length", "cancelled": "abort", None: ""}
+"""By TensorRT-LLM's finish_reason; any other is an error. "not_finished" is of context_only requests alone, which
+:func:`p2pdyn.engines.trtllm.handoff.held` reads."""
+IGNORABLE = {
+    "min_p": ("min_p", 0.0),
+    "repetition_penalty": ("penalties", 1.0),
+    "presence_penalty": ("penalties", 0.0),
+    "frequency_penalty": ("penalties", 0.0),
+}
+"""Parameters that some samplers take and ignore: the feature of those that do not, and the value that does nothing."""
 
 
 class Invalid(ValueError):
@@ -52,13 +61,7 @@ def to_trtllm(sequence: Sequence, room: int, eos: tuple[int, ...], features: Ite
     if params.seed is not None:
         wanted["seed"] = params.seed & SEED_MASK
     wanted |= _held_back(sequence, room, stops)
-    wanted |= _if_asked("min_p", {"min_p": (params.min_p, 0.0)}, able)
-    penalties = {
-        "repetition_penalty": (params.repetition_penalty, 1.0),
-        "presence_penalty": (params.presence_penalty, 0.0),
-        "frequency_penalty": (params.frequency_penalty, 0.0),
-    }
-    wanted |= _if_asked("penalties", penalties, able)
+    wanted |= _if_honoured(params, able)
     if params.logprobs is not None:
         wanted["logprobs"] = max(1, params.logprobs)  # 0 means none before 1.3.0rc26
     if params.guided is not None:
@@ -86,11 +89,13 @@ def _held_back(sequence: Sequence, room: int, stops: tuple[int, ...]) -> dict[st
     return {"min_tokens": least}
 
 
-def _if_asked(feature: str, values: dict[str, tuple[float, float]], able: frozenset[str]) -> dict[str, float]:
-    """Those that differ from what does nothing. Raises ValueError if TensorRT-LLM would ignore them."""
-    asked = {name: value for name, (value, nothing) in values.items() if value != nothing}
-    if asked and feature not in able:
-        raise ValueError(f"this TensorRT-LLM's sampler ignores {', '.join(asked)}")
+def _if_honoured(params: SamplingParams, able: frozenset[str]) -> dict[str, float]:
+    """What is asked for of :data:`IGNORABLE`. Raises ValueError if TensorRT-LLM would ignore it."""
+    asked = {
+        name: getattr(params, name) for name, (_, nothing) in IGNORABLE.items() if getattr(params, name) != nothing
+    }
+    if ignored := [name for name in asked if IGNORABLE[name][0] not in able]:
+        raise ValueError(f"this TensorRT-LLM's sampler ignores {', '.join(ignored)}")
     return asked
 
 
