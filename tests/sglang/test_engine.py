@@ -7,7 +7,6 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
@@ -17,12 +16,10 @@ from support.engines import Result, sequence
 from support.processes import in_group, name_of
 from support.sglang_engine import Alone, Sglang, needs_sglang
 from support.tiny_llama import CONTEXT
+from support.told import stored, told_by
 from support.vllm_engine import Lab
 
-from p2pdyn.engines.base import BlocksStored, EngineUsageError, KvEvent, Sequence
-from p2pdyn.net.curve import Security
-from p2pdyn.net.engine_events import EngineEvents, Publisher
-from p2pdyn.net.sockets import Sockets
+from p2pdyn.engines.base import BlocksStored, EngineUsageError, Sequence
 
 pytestmark = [needs_sglang, pytest.mark.timeout(400)]
 
@@ -150,42 +147,15 @@ def test_what_cannot_be_done_is_said_and_harms_nobody(
     assert fine.finish == "length"
 
 
-@contextmanager
-def told_by(engine: Sglang) -> Iterator[tuple[list[KvEvent], EngineEvents]]:
-    """What SGLang's own publisher tells of its cache."""
-    assert engine.info is not None
-    told: list[KvEvent] = []
-
-    def take(rank: int, events: list[KvEvent]) -> None:
-        told.extend(events)
-        engine.changed.set()
-
-    publishers = [Publisher(*places, rank=rank) for rank, places in enumerate(engine.info.publishers)]
-    sockets = Sockets(Security.insecure())
-    try:
-        events = EngineEvents(sockets, publishers, engine.info.block_size, take)
-        yield told, events
-        events.close()
-    finally:
-        sockets.close()
-
-
-def computed(told: list[KvEvent], salt: str) -> int:
-    """Tokens of the full blocks that began with ``salt``."""
-    chain: set[int | None] = set()
-    tokens = 0
-    for event in told:
-        if isinstance(event, BlocksStored) and ((event.parent is None and event.salt == salt) or event.parent in chain):
-            chain.update(event.hashes)
-            tokens += len(event.tokens)
-    return tokens
-
-
 def test_an_abort_ends_a_sequence_within_a_step(lab: Lab, sglang: Sglang) -> None:
     """As SGLang tells: nothing runs, and in its cache is what was computed until then, to the block."""
 
     async def body() -> None:
         with told_by(sglang) as (told, _):
+
+            def computed() -> int:
+                return sum(stored(told, "aborted").values())
+
             long = ask(PROMPT, max_tokens=1500, cache_salt="aborted")
             sglang.runner.submit([long])
             await sglang.until(lambda: long.key in sglang.results and len(sglang.results[long.key].tokens) > 20)
@@ -194,10 +164,10 @@ def test_an_abort_ends_a_sequence_within_a_step(lab: Lab, sglang: Sglang) -> Non
             await sglang.until(
                 lambda: (
                     (sglang.runner.load.kv_used, sglang.runner.load.active_requests) == (0, 0)
-                    and computed(told, "aborted") > len(PROMPT)
+                    and computed() > len(PROMPT)
                 )
             )
-            assert computed(told, "aborted") <= len(PROMPT) + seen + BLOCK
+            assert computed() <= len(PROMPT) + seen + BLOCK
             assert len(sglang.results[long.key].tokens) == seen
 
     lab.run(body())

@@ -15,17 +15,17 @@ from support.ahead import Ahead, Place
 from support.engines import Result, sequence
 from support.processes import in_group, name_of
 from support.tiny_llama import CONTEXT, END
+from support.told import stored, told_by
 from support.vllm_engine import Lab, Vllm, needs_vllm
 
-from p2pdyn.engines.base import BlocksStored, EngineError, EngineUsageError, KvEvent, Sequence
-from p2pdyn.net.curve import Security
-from p2pdyn.net.engine_events import EngineEvents, Publisher
-from p2pdyn.net.sockets import Sockets
+from p2pdyn.engines.base import BlocksStored, EngineError, EngineUsageError, Sequence
 from p2pdyn.text.card import ModelCard
 
 pytestmark = [needs_vllm, pytest.mark.timeout(400)]
 
 KEYS = count(1)
+BLOCK = 32
+"""Tokens of a KV block."""
 
 
 def begun(place: Place) -> Vllm:
@@ -226,23 +226,29 @@ def test_prompts_that_do_not_fit_are_refused(lab: Lab, vllm: Vllm) -> None:
     assert (len(edge.tokens), edge.finish) == (3, "length")
 
 
-def test_abort_ends_a_sequence_and_frees_its_blocks(lab: Lab, vllm: Vllm) -> None:
+@pytest.mark.parametrize("shift", [0, 4, 8])
+def test_an_abort_ends_a_sequence_within_a_step(lab: Lab, vllm: Vllm, shift: int) -> None:
+    """As vLLM tells: all it computes of aborted sequences comes before what is submitted after the abort. One of three
+    sequences fills a block every eleven steps, with each shift in other steps."""
+
     async def body() -> None:
-        long = ask("Never mind", max_tokens=3000)
-        vllm.runner.submit([long])
-        await vllm.until(lambda: long.key in vllm.results and len(vllm.results[long.key].tokens) > 3)
-        await vllm.until(lambda: vllm.runner.load.active_requests == 1)
-        assert vllm.runner.load.kv_used > 0
-        vllm.runner.abort([long.key])
-        seen = len(vllm.results[long.key].tokens)
-        at_once = ask("Nor this", max_tokens=50)
-        vllm.runner.submit([at_once])
-        vllm.runner.abort([at_once.key])
-        await vllm.finished(ask("But this", max_tokens=2))
-        await vllm.until(lambda: vllm.runner.load.kv_used == 0)
-        assert vllm.runner.load.active_requests == 0
-        assert len(vllm.results[long.key].tokens) == seen
-        assert at_once.key not in vllm.results
+        with told_by(vllm) as (told, _):
+            prompts = [PROMPT[skip:] for skip in (shift, shift + 11, shift + 22)]
+            three = [ask(prompt, max_tokens=3000, cache_salt=f"aborted {shift}") for prompt in prompts]
+            vllm.runner.submit(three)
+            await vllm.until(lambda: all(one.key in vllm.results for one in three) and vllm.runner.load.kv_used > 0)
+            vllm.runner.abort([one.key for one in three])
+            seen = [len(vllm.results[one.key].tokens) for one in three]
+            behind = ask(PROMPT, max_tokens=BLOCK, cache_salt=f"behind {shift}")  # the last one that runs beside three
+            at_once = ask("Nor this", max_tokens=50, cache_salt=f"at once {shift}")
+            vllm.runner.submit([behind, at_once])
+            vllm.runner.abort([at_once.key])
+            await vllm.until(lambda: sum(stored(told, f"behind {shift}").values()) > len(PROMPT))
+            assert max(stored(told, f"aborted {shift}")) < min(stored(told, f"behind {shift}"))
+            assert not stored(told, f"at once {shift}")
+            await vllm.until(lambda: vllm.runner.load.kv_used == 0)
+            assert [len(vllm.results[one.key].tokens) for one in three] == seen
+            assert at_once.key not in vllm.results
 
     lab.run(body())
 
@@ -263,33 +269,17 @@ def test_kv_events_tell_what_is_cached(lab: Lab, vllm: Vllm) -> None:
     text = "These blocks are told of as soon as they are computed, by vLLM's own publisher on a local socket."
 
     async def body() -> None:
-        told: list[tuple[int, KvEvent]] = []
+        with told_by(vllm) as (told, events):
 
-        def take(rank: int, events: list[KvEvent]) -> None:
-            told.extend((rank, event) for event in events)
-            vllm.changed.set()
+            def mine() -> list[BlocksStored]:
+                block = tuple(text.encode())[:BLOCK]
+                return [event for event in told if isinstance(event, BlocksStored) and event.tokens[:BLOCK] == block]
 
-        def stored() -> list[int]:
-            return [token for _, event in told if isinstance(event, BlocksStored) for token in event.tokens]
-
-        assert vllm.info is not None
-        publishers = [Publisher(*places, rank=rank) for rank, places in enumerate(vllm.info.publishers)]
-        sockets = Sockets(Security.insecure())
-        try:
-            events = EngineEvents(sockets, publishers, vllm.info.block_size, take)
             await vllm.finished(ask(text, max_tokens=2, cache_salt="told"))
-            block = list(text.encode())[:32]
-            await vllm.until(lambda: bytes(block) in bytes(token & 255 for token in stored()))
-            (mine,) = [
-                event for _, event in told if isinstance(event, BlocksStored) and list(event.tokens[:32]) == block
-            ]
-            assert mine.parent is None
-            assert mine.salt == "told"
+            await vllm.until(mine)
+            assert [(event.parent, event.salt) for event in mine()] == [(None, "told")]
             await vllm.until(lambda: events.status()[0].state == "exact")
             assert events.status()[0].lost == 0
-            events.close()
-        finally:
-            sockets.close()
 
     lab.run(body())
 
