@@ -13,6 +13,7 @@ from p2pdyn.http.explain import Explanations
 from p2pdyn.http.generate import Generations
 from p2pdyn.http.keys import ApiKeys, presented
 from p2pdyn.http.metrics import HttpMetrics
+from p2pdyn.http.turns import Turns
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -73,15 +74,18 @@ class Endpoint:
             "/v1/completions": self.generations.completions,
         }
         self._asgi: tuple[type[Cycle], Starlette] | None = None
+        self._turns = Turns(asyncio.get_running_loop(), self._generate)
 
     def serve(self, exchange: Exchange) -> None:
         """Answer, at once or later; what goes wrong is an answer too."""
-        direct = self._hot.get(exchange.path)
-        if direct is None:
+        if exchange.path in self._hot:
+            self._turns(exchange)
+        else:
             self.generations.later(exchange, self._run(exchange))
-            return
+
+    def _generate(self, exchange: Exchange) -> None:
         try:
-            direct(exchange)
+            self._hot[exchange.path](exchange)
         except Exception as error:
             exchange.broke(error)
 

@@ -50,7 +50,7 @@ SAMPLE = (
     "Hello, world! It's 12345 o'clock: a  b\n\n c.d; <x> don't   stop\tnow, Naïve café ✓ 你好 you. And then 'quoted'\n"
 )
 
-
+NOTHING = array("I"), array("I")
 Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -96,6 +96,8 @@ class Tokenizer:
         self._once: set[str] = set()
         """Pieces met once."""
         self._cuttable = _is_cuttable(settings, added.values()) and self._cuts_sample()
+        self._around = self._ids_around() if self._cuttable and _adds_around(settings.get("post_processor")) else None
+        """What ``special`` puts before and behind a text's ids, where it does no more than that."""
         self._bytes_of = _byte_decoder(settings)
         self.escaped: dict[int, bytes] = {}
         """JSON-escaped text, without quotes, of ids seen so far that are whole characters; byte-level models only."""
@@ -108,9 +110,11 @@ class Tokenizer:
 
         Any thread may call it; the library lets go of the GIL.
         """
-        if special or not self._cuttable or len(text) > LONG_TEXT:
+        around = self._around if special else NOTHING
+        if not self._cuttable or around is None or len(text) > LONG_TEXT:
             return self._encode_whole(text, special)
-        return self._encode_pieces(text)
+        ids = self._encode_pieces(text)
+        return around[0] + ids + around[1] if special else ids
 
     def _encode_whole(self, text: str, special: bool) -> array[int]:
         return array("I", self._inner.encode_batch_fast([text], add_special_tokens=special)[0].ids)
@@ -175,6 +179,13 @@ class Tokenizer:
         same = self._encode_pieces(SAMPLE) == self._encode_whole(SAMPLE, False)
         self._once.clear()
         return same
+
+    def _ids_around(self) -> tuple[array[int], array[int]] | None:
+        plain, whole = self._encode_whole(SAMPLE, False), self._encode_whole(SAMPLE, True)
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        return None
 
     # ---- decoding
 
@@ -282,6 +293,16 @@ def _is_cuttable(settings: dict[str, Any], added: Any) -> bool:
     steps = step.get("pretokenizers", []) if step.get("type") == "Sequence" else [step]
     splits = [_splits_at_cut(step) for step in steps]
     return None not in splits and any(splits)
+
+
+def _adds_around(step: dict[str, Any] | None) -> bool:
+    """Whether a post-processor leaves the text's ids in a row, with the same ones before and behind every text."""
+    kind = (step or {}).get("type")
+    if kind == "Sequence":
+        return all(_adds_around(part) for part in (step or {})["processors"])
+    if kind == "TemplateProcessing":
+        return sum("Sequence" in piece for piece in (step or {})["single"]) == 1
+    return kind in (None, "ByteLevel")
 
 
 def _splits_at_cut(step: dict[str, Any]) -> bool | None:

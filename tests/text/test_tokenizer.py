@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from p2pdyn.text.card import byte_level
 from p2pdyn.text.tokenizer import GPT2, LLAMA3, QWEN2, Tokenizer, TokenizerError
@@ -56,14 +56,26 @@ def sentencepiece_like() -> tokenizers.Tokenizer:
 digits = pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
 )
+
+
+def around(inner: tokenizers.Tokenizer, single: str) -> tokenizers.Tokenizer:
+    """With what a model adds to a prompt, as Llama 3's tokenizer says it."""
+    special = [(name, inner.token_to_id(name)) for name in SPECIALS]
+    template = processors.TemplateProcessing(single=single, special_tokens=special)
+    inner.post_processor = processors.Sequence([processors.ByteLevel(), template])  # type: ignore[assignment]
+    return inner
+
+
 CUTTABLE = {
     "gpt2": byte_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "smollm": byte_bpe(digits),
     "gpt2-split": byte_bpe(split(GPT2)),
-    "llama3": byte_bpe(split(LLAMA3)),
+    "llama3": around(byte_bpe(split(LLAMA3)), "<|im_start|> $A"),
+    "both-ends": around(byte_bpe(split(LLAMA3)), "<|im_start|> $A <|im_end|>"),
     "qwen2": byte_bpe(split(QWEN2), normalizers.NFC()),
 }
 OTHERS = {
+    "twice": around(byte_bpe(split(LLAMA3)), "$A $A"),
     "prefix-space": byte_bpe(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "sentencepiece": sentencepiece_like(),
     "byte-level": tokenizers.Tokenizer.from_buffer(byte_level().tokenizer_json),
@@ -87,6 +99,7 @@ def test_encoding_is_the_librarys(name: str, text: str) -> None:
     inner, ours = ALL[name]
     for _ in range(2):  # new pieces, then known ones
         assert list(ours.encode(text, False)) == inner.encode(text, add_special_tokens=False).ids
+        assert list(ours.encode(text, True)) == inner.encode(text).ids
 
 
 def test_a_text_of_many_new_words_is_encoded_and_partly_learnt() -> None:
