@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -22,6 +23,7 @@ READY = re.compile(rb"^ready node=(\S+) mesh=(\S+) http=(\S+)", re.MULTILINE)
 PROGRESS_S = 15.0
 TERM_S = 12.0
 TAIL = 6000
+PORTS = 20000, 30000
 
 
 class BenchError(Exception):
@@ -196,9 +198,11 @@ def say(what: str) -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """Below those that the kernel gives out by itself: an engine's server binds it late, when another may have it."""
+    while True:
+        port = random.randrange(*PORTS)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def _answers(url: str) -> bool:
