@@ -117,7 +117,9 @@ def _difference(one: ServedModel, other: ServedModel) -> str:
     """Why their fingerprints differ."""
     if one.block_size != other.block_size:
         return f"block sizes {one.block_size} and {other.block_size}"
+    if one.context != other.context:
+        return f"contexts of {one.context} and {other.context} tokens"
     if one.card != other.card:
-        what = "tokenizer, chat template, context, generation defaults or what the engine honours"
+        what = "tokenizer, chat template, generation defaults or what the engine honours"
         return f"model cards {one.card} and {other.card} ({what})"
     return "other weights, engine arguments that stand for them, or hash parameters"

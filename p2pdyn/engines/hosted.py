@@ -46,18 +46,28 @@ def card_of(folder: Path, context: int, features: tuple[str, ...]) -> ModelCard:
     return replace(card, context=context) if context else card
 
 
-def weights_of(folder: Path, ways: tuple[object, ...]) -> str:
-    """A digest of config.json, of the weight files' names and sizes, and of ``ways``, how the engine computes with
-    them: alike on any two hosts with the same files, without reading gigabytes. Weights retrained to the same sizes
-    look the same: give such a model another name."""
+def weights_of(folder: Path, dtype: object, quantization: object, kv_dtype: object, dummy: bool) -> str:
+    """A digest of config.json, of the weight files' names and sizes, and of how the engine computes with them: alike on
+    any two hosts with the same files, without reading gigabytes, and in any two engines. Weights retrained to the same
+    sizes look the same: give such a model another name.
+
+    dtype: torch's, or its name. kv_dtype: "auto" is dtype. dummy: the files are not read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     described = folder / "config.json"
     if described.is_file():
         digest.update(described.read_bytes())
     for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
         digest.update(f"\n{file.name} {file.stat().st_size}".encode())
-    digest.update(repr(ways).encode())
+    computed = _dtype_name(dtype)
+    kept = computed if kv_dtype == "auto" else _dtype_name(kv_dtype)
+    digest.update(f"\n{computed} {quantization or ''} {kept} {dummy}".encode())
     return digest.hexdigest()
+
+
+def _dtype_name(dtype: object) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return {"fp8": "fp8_e4m3", "half": "float16", "float": "float32"}.get(name, name)
 
 
 def adapters(modules: Iterable[str]) -> dict[str, str]:

@@ -34,7 +34,11 @@ def test_first_ready_worker_sets_the_fingerprint() -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"block_size": 32}, "block sizes 16 and 32"), ({"card": "other"}, "model cards card and other")],
+    [
+        ({"block_size": 32}, "block sizes 16 and 32"),
+        ({"context": 512, "card": "other"}, "contexts of 1024 and 512 tokens"),
+        ({"card": "other"}, "model cards card and other"),
+    ],
 )
 def test_an_incompatible_worker_is_told_what_differs(change: dict[str, Any], words: str) -> None:
     catalog = Catalog(600.0)

@@ -19,6 +19,7 @@ from p2pdyn.engines.base import EngineOptions, EngineUsageError, Output
 from p2pdyn.engines.sglang import arguments, handoff, sampling, versions
 from p2pdyn.engines.sglang.engine import ERROR, STAGES, VAGUE, SglangEngine
 from p2pdyn.engines.sglang.load import Loads
+from p2pdyn.engines.vllm import sampling as vllm_sampling
 
 
 def test_versions_are_judged(caplog: pytest.LogCaptureFixture) -> None:
@@ -31,6 +32,11 @@ def test_versions_are_judged(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 2
     with pytest.raises(EngineUsageError, match=r"sglang 0\.5\.9 is too old: versions 0\.5\.17 to 0\.5\.23"):
         versions.judge("0.5.9")
+
+
+def test_one_that_goes_by_seeds_honours_what_vllm_does() -> None:
+    """So that workers of both may serve one model: examples/multinode/mixed says how."""
+    assert {*sampling.ALWAYS, *sampling.WITH_TOKENIZER, "seed"} == {*vllm_sampling.FEATURES, "guided"}
 
 
 def test_without_sglang_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from support.told import stored, told_by
 from support.vllm_engine import Lab
 
 from p2pdyn.engines.base import BlocksStored, EngineUsageError, Sequence
+from p2pdyn.engines.hosted import weights_of
 
 pytestmark = [needs_sglang, pytest.mark.timeout(400)]
 
@@ -72,7 +73,7 @@ def tokens(lab: Lab, sglang: Sglang, *sequences: Sequence) -> list[Result]:
     return lab.run(sglang.finished(*sequences))
 
 
-def test_loading_is_told_in_phases_and_describes_the_model(sglang: Sglang) -> None:
+def test_loading_is_told_in_phases_and_describes_the_model(lab: Lab, sglang: Sglang) -> None:
     info, fractions = sglang.info, [fraction for fraction, _ in sglang.progress]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
@@ -82,6 +83,7 @@ def test_loading_is_told_in_phases_and_describes_the_model(sglang: Sglang) -> No
     assert CONTEXT - 8 < info.context <= CONTEXT
     assert info.kv_blocks == 16384 // 16
     assert info.moves_kv == ""
+    assert info.weights == weights_of(lab.model, "float32", None, "auto", False), "what any engine says of this folder"
     assert "guided" in info.features
     assert "seed" not in info.features, "SGLang ignores seeds unless it is deterministic"
 

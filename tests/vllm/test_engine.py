@@ -19,6 +19,7 @@ from support.told import stored, told_by
 from support.vllm_engine import Lab, Vllm, needs_vllm
 
 from p2pdyn.engines.base import BlocksStored, EngineError, EngineUsageError, Sequence
+from p2pdyn.engines.hosted import weights_of
 from p2pdyn.text.card import ModelCard
 
 pytestmark = [needs_vllm, pytest.mark.timeout(400)]
@@ -79,7 +80,7 @@ def tokens(lab: Lab, vllm: Vllm, *sequences: Sequence) -> list[Result]:
 PROMPT = "A prompt of more than three blocks of thirty-two tokens each, so that there is something to cache. Indeed."
 
 
-def test_loading_is_told_in_phases_and_describes_the_model(vllm: Vllm) -> None:
+def test_loading_is_told_in_phases_and_describes_the_model(lab: Lab, vllm: Vllm) -> None:
     info, fractions = vllm.info, [fraction for fraction, _ in vllm.progress]
     phases = [what for _, what in vllm.progress]
     assert fractions == sorted(fractions)
@@ -89,6 +90,7 @@ def test_loading_is_told_in_phases_and_describes_the_model(vllm: Vllm) -> None:
     assert (info.engine, info.model, info.context, info.block_size, info.ranks) == ("vllm", "tiny", CONTEXT, 32, 1)
     assert info.kv_blocks > 100
     assert info.moves_kv == ""
+    assert info.weights == weights_of(lab.model, "float32", None, "auto", False), "what any engine says of this folder"
     assert "guided" in info.features
     card = ModelCard.unpack(info.card)
     assert card.context == CONTEXT

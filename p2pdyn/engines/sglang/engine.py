@@ -94,7 +94,7 @@ class SglangEngine:
         features = self._features()
         card = card_of(folder, self._context, features)
         self._eos = card.eos_token_ids
-        ways = tuple(self._value(name) for name in ("dtype", "quantization", "kv_cache_dtype"))
+        dtype, dummy = bridge.engine.tokenizer_manager.model_config.dtype, self._value("load_format") == "dummy"
         progress(1.0, "ready")
         return EngineInfo(
             "sglang",
@@ -106,7 +106,7 @@ class SglangEngine:
             bridge.loads.batch(),
             self._context,
             features,
-            weights_of(folder, (*ways, self._value("load_format") == "dummy")),
+            weights_of(folder, dtype, self._value("quantization"), self._value("kv_cache_dtype"), dummy),
             ranks=self._ranks,
             kv_events=bool(parsed.publishers),
             publishers=parsed.publishers,

@@ -91,7 +91,7 @@ class TrtllmEngine:
             int(_setting(llm, parsed, "max_batch_size", 2048)),
             self._context,
             self._features,
-            weights_of(folder, _ways(llm, parsed)),
+            _weights(folder, llm, parsed),
             kv_events=events is not None,
             moves_kv=f"trtllm-{version}" if moves else "",
         )
@@ -286,7 +286,8 @@ def _setting(llm: Any, parsed: arguments.Arguments, dotted: str, default: Any) -
     return arguments.found(getattr(llm, "args", None), dotted) or parsed.get(dotted, default)
 
 
-def _ways(llm: Any, parsed: arguments.Arguments) -> tuple[object, ...]:
-    """How TensorRT-LLM computes with the weights."""
-    names = ("dtype", "kv_cache_config.dtype", "load_format", "attn_backend")
-    return tuple(str(_setting(llm, parsed, name, "auto")) for name in names)
+def _weights(folder: Path, llm: Any, parsed: arguments.Arguments) -> str:
+    dtype, kv_dtype, load = (
+        str(_setting(llm, parsed, name, "auto")) for name in ("dtype", "kv_cache_config.dtype", "load_format")
+    )
+    return weights_of(folder, dtype, None, kv_dtype, "dummy" in load.lower())

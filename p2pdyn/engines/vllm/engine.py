@@ -6,6 +6,7 @@ import os
 import queue
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from p2pdyn.core.types import Load
@@ -100,7 +101,7 @@ class VllmEngine:
             config.scheduler_config.max_num_seqs * self._ranks,
             self._context,
             features,
-            weights_of(folder, _ways(config)),
+            _weights(folder, config),
             ranks=self._ranks,
             kv_events=bool(parsed.publishers),
             publishers=parsed.publishers,
@@ -253,7 +254,6 @@ def _configured(args: Any) -> Any:
         raise EngineUsageError(f"vLLM cannot be configured so: {one_line(error)}") from error
 
 
-def _ways(config: Any) -> tuple[object, ...]:
-    """How vLLM computes with the weights."""
-    model, cache = config.model_config, config.cache_config
-    return model.dtype, model.quantization, cache.cache_dtype, config.load_config.load_format == "dummy"
+def _weights(folder: Path, config: Any) -> str:
+    model, dummy = config.model_config, config.load_config.load_format == "dummy"
+    return weights_of(folder, model.dtype, model.quantization, config.cache_config.cache_dtype, dummy)
