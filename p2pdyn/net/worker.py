@@ -23,7 +23,7 @@ from p2pdyn.core.handed import HandedOver
 from p2pdyn.core.lease import QUARANTINED
 from p2pdyn.core.load_meter import LoadMeter
 from p2pdyn.core.served import Running, Served
-from p2pdyn.core.types import Address, Load, NodeId
+from p2pdyn.core.types import Address, Load, NodeId, only_pulls
 from p2pdyn.engines import base
 from p2pdyn.engines.runner import Runner
 from p2pdyn.net.intake import Intake
@@ -86,7 +86,7 @@ class WorkerService:
         self._served: Served | None = None
         self._runner: Runner | None = None
         self._card: tuple[str, bytes] = ("", b"")
-        self._moves_kv = False
+        self._moves_kv = ""
         self._batch = 0
         """Sequences that the engine runs at a time."""
         self._handed = HandedOver()
@@ -124,7 +124,7 @@ class WorkerService:
         self._runner = self._intake.runner = runner
         self._card = (card_digest, info.card)
         self._batch = info.max_num_seqs
-        self._moves_kv = bool(info.moves_kv)
+        self._moves_kv = info.moves_kv
         if self.kv is not None:
             self.kv.flush()
         if info.kv_events:
@@ -283,7 +283,7 @@ class WorkerService:
         if sequence.remote:
             if self._owner_epoch(source) != epoch:
                 sequence.remote = b""
-            else:
+            elif not only_pulls(self._moves_kv):  # else its time is the prompt's, which is computed meanwhile
                 self._meter.pulls(sequence.key, len(sequence.tokens), monotonic())
         elif sequence.pull and (
             sequence.hand_over  # engines do one of the two at a time

@@ -195,6 +195,14 @@ def test_prompts_are_computed_by_the_prefill_worker(apart: EngineCluster) -> Non
     wait_for(lambda: apart.used() == [0, 0], FREED_S, lambda: f"blocks given back on both sides: {apart.used()}")
 
 
+def test_moving_the_blocks_is_not_thought_to_take_as_long_as_computing_them(apart: EngineCluster) -> None:
+    """SGLang's two sides begin together, so that a decode worker waits for both. Thought of an idle pair: the computing
+    once, which here is also what a decode worker is thought to take, and a little."""
+    told: dict[str, Any] = apart.explained([{"role": "user", "content": prompt(3500, 79)}])["prefill"]
+    assert told["local_s"] > 0.05, f"of 3500 tokens, at the speed measured: {told}"
+    assert told["remote_s"] < 1.2 * told["local_s"], told
+
+
 def test_a_client_that_leaves_holds_no_blocks(apart: EngineCluster) -> None:
     """Before the first token, wherever the request is by then, and after it."""
     for seed, tokens in enumerate((0, 0, 1, 4), 50):
