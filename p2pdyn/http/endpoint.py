@@ -84,6 +84,8 @@ class Endpoint:
             self.generations.later(exchange, self._run(exchange))
 
     def _generate(self, exchange: Exchange) -> None:
+        if exchange.disconnected:  # while it waited for its turn
+            return
         try:
             self._hot[exchange.path](exchange)
         except Exception as error:
