@@ -107,6 +107,7 @@ def overhead(plan: Plan, servers: Servers) -> dict[str, Any]:
         "rate_req_s": round(rate, 2),
         "start_s": {name: round(side.start_s, 1) for name, side in sides.items()},
         "tok_s": {name: round(statistics.median(row[name]["tok_s"] for row in rows), 1) for name in sides},
+        "itl_p50_ms": {name: round(statistics.median(row[name]["itl_p50_ms"] for row in rows), 2) for name in sides},
         "ttft_p50_ms": {name: round(statistics.median(row[name]["ttft_p50_ms"] for row in rows), 2) for name in sides},
         "throughput_ratio": client.interval(ratios),
         "ttft_p50_difference_ms": client.interval(closer, 3),
@@ -117,11 +118,12 @@ def overhead(plan: Plan, servers: Servers) -> dict[str, Any]:
 
 
 def _one_pair(plan: Plan, side: Server, rate: float, seed: int) -> dict[str, float]:
-    tok_s, _ = client.run(client.closed(side.url, plan.load, plan.requests, seed), 240)
+    tok_s, loaded = client.run(client.closed(side.url, plan.load, plan.requests, seed), 240)
     replies = client.run(client.paced(side.url, plan.load, rate, plan.requests // 2, 1000 + seed), 240)
     ttfts = [reply.ttft for reply in replies]
     p90 = round(statistics.quantiles(ttfts, n=10)[8] * 1e3, 2)
-    return {"tok_s": round(tok_s, 1), "ttft_p50_ms": client.median_ms(ttfts), "ttft_p90_ms": p90}
+    itl = client.median_ms([(reply.end - reply.ttft) / (reply.tokens - 1) for reply in loaded])
+    return {"tok_s": round(tok_s, 1), "itl_p50_ms": itl, "ttft_p50_ms": client.median_ms(ttfts), "ttft_p90_ms": p90}
 
 
 # ---- routing
