@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,13 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from free_ports import free_port
 from gpu_engines import Engine
 
 READY = re.compile(rb"^ready node=(\S+) mesh=(\S+) http=(\S+)", re.MULTILINE)
 PROGRESS_S = 15.0
 TERM_S = 12.0
 TAIL = 6000
-PORTS = 20000, 30000
 
 
 class BenchError(Exception):
@@ -195,14 +193,6 @@ def get(
 
 def say(what: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {what}", file=sys.stderr, flush=True)
-
-
-def free_port() -> int:
-    """Below those that the kernel gives out by itself: an engine's server binds it late, when another may have it."""
-    while True:
-        port = random.randrange(*PORTS)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 def _answers(url: str) -> bool:

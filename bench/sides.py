@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from free_ports import free_port
+
 MODEL = "tiny"
 BLOCK_SIZE = 16
 KV_BLOCKS = 8192
@@ -119,7 +121,7 @@ def start_dynamo(folder: Path, model: Path, venv: Path, *, frontends: int, worke
     mocker += ["--num-gpu-blocks-override", str(KV_BLOCKS)]
     side.workers.append(_spawn(side, "mocker", mocker, env))
     for i in range(frontends):
-        port = _free_port()
+        port = free_port()
         http = ["--http-host", "127.0.0.1", "--http-port", str(port)]
         router = ["--router-mode", "kv", "--kv-cache-block-size", str(BLOCK_SIZE)]
         command = [python, "-m", "dynamo.frontend", *http, *planes, *router]
@@ -160,14 +162,6 @@ def _lists_model(url: str) -> bool:
             return f'"{MODEL}"' in reply.read().decode()
     except OSError:
         return False
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def _tree(pids: list[int]) -> list[int]:
