@@ -96,7 +96,9 @@ class Tokenizer:
         self._once: set[str] = set()
         """Pieces met once."""
         self._cuttable = _is_cuttable(settings, added.values()) and self._cuts_sample()
-        self._around = self._ids_around() if self._cuttable and _adds_around(settings.get("post_processor")) else None
+        self._around = (
+            self._ids_around() if self._cuttable and _adds_around(settings.get("post_processor") or {}) else None
+        )
         """What ``special`` puts before and behind a text's ids, where it does no more than that."""
         self._bytes_of = _byte_decoder(settings)
         self.escaped: dict[int, bytes] = {}
@@ -113,8 +115,8 @@ class Tokenizer:
         around = self._around if special else NOTHING
         if not self._cuttable or around is None or len(text) > LONG_TEXT:
             return self._encode_whole(text, special)
-        ids = self._encode_pieces(text)
-        return around[0] + ids + around[1] if special else ids
+        before, behind = around
+        return before + self._encode_pieces(text) + behind
 
     def _encode_whole(self, text: str, special: bool) -> array[int]:
         return array("I", self._inner.encode_batch_fast([text], add_special_tokens=special)[0].ids)
@@ -295,13 +297,13 @@ def _is_cuttable(settings: dict[str, Any], added: Any) -> bool:
     return None not in splits and any(splits)
 
 
-def _adds_around(step: dict[str, Any] | None) -> bool:
+def _adds_around(step: dict[str, Any]) -> bool:
     """Whether a post-processor leaves the text's ids in a row, with the same ones before and behind every text."""
-    kind = (step or {}).get("type")
+    kind = step.get("type")
     if kind == "Sequence":
-        return all(_adds_around(part) for part in (step or {})["processors"])
+        return all(map(_adds_around, step["processors"]))
     if kind == "TemplateProcessing":
-        return sum("Sequence" in piece for piece in (step or {})["single"]) == 1
+        return sum("Sequence" in piece for piece in step["single"]) == 1
     return kind in (None, "ByteLevel")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from p2pdyn.http.turns import SLICE_S, Turns
 
 
@@ -25,26 +27,21 @@ class Work:
         await asyncio.sleep(0)
 
 
-def test_a_burst_is_answered_in_order_a_slice_in_each_turn() -> None:
+@pytest.mark.parametrize(
+    ("cost", "rows"),
+    [
+        (0.45 * SLICE_S, [[0, 1, 2], [3, 4, 5], [6, 7], [], []]),
+        (9 * SLICE_S, [*([item] for item in range(8)), []]),  # longer than a slice: a turn of its own
+    ],
+)
+def test_a_burst_is_answered_in_order_a_slice_in_each_turn(cost: float, rows: list[list[int]]) -> None:
     async def main() -> None:
-        work = Work(SLICE_S * 0.45)
+        work = Work(cost)
         for item in range(8):
             work.turns(item)
-        for _ in range(4):
+        while len(work.rows) < len(rows):
             await work.turn()
-        assert work.rows == [[0, 1, 2], [3, 4, 5], [6, 7], [], []]
-
-    asyncio.run(main())
-
-
-def test_one_that_takes_longer_than_a_slice_has_a_turn_of_its_own() -> None:
-    async def main() -> None:
-        work = Work(SLICE_S * 9)
-        for item in range(3):
-            work.turns(item)
-        for _ in range(3):
-            await work.turn()
-        assert work.rows == [[0], [1], [2], []]
+        assert work.rows == rows
 
     asyncio.run(main())
 
